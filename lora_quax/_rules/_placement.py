@@ -1,0 +1,81 @@
+"""Operations that leave every value as it is: they act on each part of an array alike.
+
+A sharding is that of the dense array. Each factor takes the entries of the axes that it
+holds, and its rank axis is replicated.
+"""
+
+import jax.tree_util as jtu
+import quax
+from jax import lax
+from jax.extend.core.primitives import (
+    copy_p,
+    device_put_p,
+    name_p,
+    sharding_constraint_p,
+    stop_gradient_p,
+)
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._array import FactoredArray, LoraArray, LowRankArray
+from .._compat import pvary_p
+from ._register import variadic
+
+
+def _on_each_part(primitive):
+    @quax.register(primitive)
+    def _(w: FactoredArray, **params):
+        return jtu.tree_map(lambda x: primitive.bind(x, **params), w)
+
+
+for primitive in (copy_p, name_p, stop_gradient_p, pvary_p):
+    _on_each_part(primitive)
+
+
+@variadic(lax.optimization_barrier_p)
+def optimization_barrier(*operands):
+    parts, treedef = jtu.tree_flatten(operands)
+    return jtu.tree_unflatten(treedef, lax.optimization_barrier_p.bind(*parts))
+
+
+def factor_specs(w: LowRankArray, spec) -> LowRankArray:
+    """The partition specs of the factors of an array that is partitioned by `spec`."""
+    entries = [*spec, *(None,) * (w.ndim - len(spec))]
+    a_labels, b_labels, _ = w.labels
+    a, b = (
+        PartitionSpec(*(None if i == "rank" else entries[i] for i in labels))
+        for labels in (a_labels, b_labels)
+    )
+    return w.replace(a=a, b=b)
+
+
+def _place(w: FactoredArray, sharding, bind):
+    """`bind(part, sharding)` for the base, and for each factor with its own sharding."""
+    if isinstance(w, LoraArray):
+        base = quax.quaxify(bind)(w.base, sharding)
+        return w.replace(base=base, delta=_place(w.delta, sharding, bind))
+    assert isinstance(w, LowRankArray)
+    if not isinstance(sharding, NamedSharding):
+        return w.replace(a=bind(w.a, sharding), b=bind(w.b, sharding))
+    specs = factor_specs(w, sharding.spec)
+    a, b = (
+        bind(factor, NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
+        for factor, spec in ((w.a, specs.a), (w.b, specs.b))
+    )
+    return w.replace(a=a, b=b)
+
+
+@quax.register(sharding_constraint_p)
+def _(w: FactoredArray, *, sharding, **params):
+    del params  # A context mesh and what it leaves open; the sharding names all else.
+    return _place(w, sharding, lax.with_sharding_constraint)
+
+
+@quax.register(device_put_p)
+def _(w: FactoredArray, *, devices, srcs, copy_semantics):
+    def bind(x, device):
+        params = dict(devices=(device,), srcs=srcs, copy_semantics=copy_semantics)
+        [out] = device_put_p.bind(x, **params)
+        return out
+
+    [device] = devices
+    return [_place(w, device, bind)]
