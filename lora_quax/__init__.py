@@ -6,6 +6,36 @@ from ._array import (
     LowRankArray as LowRankArray,
     MaterialiseError as MaterialiseError,
 )
+from ._full import FullArray as FullArray
+from ._loraify import loraify as loraify
+from ._merge import merge as merge, unload as unload
+from ._select import Adapt as Adapt
+from ._summary import summary as summary
+from ._training import (
+    filter_grad as filter_grad,
+    filter_value_and_grad as filter_value_and_grad,
+    labels as labels,
+    partition as partition,
+    trainable as trainable,
+)
 
 
-__all__ = ["LoraArray", "LowRankArray", "MaterialiseError", "init"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapt",
+    "FullArray",
+    "LoraArray",
+    "LowRankArray",
+    "MaterialiseError",
+    "filter_grad",
+    "filter_value_and_grad",
+    "init",
+    "labels",
+    "loraify",
+    "merge",
+    "partition",
+    "summary",
+    "trainable",
+    "unload",
+]

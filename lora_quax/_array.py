@@ -130,7 +130,7 @@ class LowRankArray(FactoredArray):
         a: Float[Array, "..."],
         b: Float[Array, "..."],
         *,
-        alpha: float | None = None,
+        alpha: int | float | None = None,
         rows: int = 1,
         cols: int = 1,
         allow_materialise: bool = False,
@@ -172,7 +172,7 @@ class LowRankArray(FactoredArray):
         *,
         rank: int,
         key: PRNGKeyArray,
-        alpha: float | None = None,
+        alpha: int | float | None = None,
         init_a: Initialiser = _init.uniform,
         init_b: Initialiser = _init.zeros,
         dtype: Any = jnp.float32,
@@ -279,10 +279,10 @@ class LoraArray(FactoredArray):
         *,
         rank: int,
         key: PRNGKeyArray,
-        alpha: float | None = None,
+        alpha: int | float | None = None,
         init_a: Initialiser | None = None,
         init_b: Initialiser = _init.zeros,
-        scale: float | None = None,
+        scale: int | float | None = None,
         dtype: Any = None,
         rows: int = 1,
         cols: int = 1,
@@ -338,12 +338,12 @@ class LoraArray(FactoredArray):
         self.allow_materialise = allow_materialise
 
     @property
-    def a(self) -> Array:
+    def a(self) -> Any:
         """The factor `(*batch, rank, *cols)`."""
         return self.delta.a
 
     @property
-    def b(self) -> Array:
+    def b(self) -> Any:
         """The factor `(*batch, *rows, rank)`."""
         return self.delta.b
 
@@ -415,7 +415,7 @@ def _summary(x: LowRankArray | LoraArray, indent: int = 2, **kwargs):
     """A line with what matters, for an array whose leaves may have been filtered out."""
     del kwargs
     docs = [wl.TextDoc(f"rank={x.rank}"), wl.TextDoc(f"alpha={x.alpha:g}")]
-    if all(leaf is not None for leaf in (x.a, x.b, getattr(x, "base", x.a))):
+    if all(hasattr(leaf, "dtype") for leaf in (x.a, x.b, getattr(x, "base", x.a))):
         aval = x.aval()
         docs.insert(0, wl.array_summary(aval.shape, aval.dtype.name, kind=None))
         if (factors := jnp.dtype(x.a.dtype)) != aval.dtype:

@@ -15,17 +15,17 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from . import _init
 from ._array import (
-    LoraArray,
-    LowRankArray,
     aval_of,
     check_alpha,
     check_key,
     check_rank,
+    LoraArray,
+    LowRankArray,
     make,
 )
 from ._full import FullArray
 from ._init import Initialiser
-from ._select import Adapt, Leaf, Targets, is_value, named, select
+from ._select import Adapt, is_value, Leaf, named, select, Targets
 
 
 # One function object per value, so that a second call finds the first one compiled.

@@ -19,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 import quax
 
-from ._array import FactoredArray, aval_of, check_alpha, check_rank
+from ._array import aval_of, check_alpha, check_rank, FactoredArray
 from ._full import FullArray
 from ._init import Initialiser
 

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ._array import LoraArray, LowRankArray, aval_of
+from ._array import aval_of, LoraArray, LowRankArray
 from ._full import FullArray
 from ._merge import refuse_missing
 from ._select import dotted, is_float

@@ -1,48 +1,96 @@
-"""The oracle: the same program on dense weights, with nonzero factors."""
+"""The oracle, the same program on dense weights; and what the tables of tests share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+import jax.extend.core as jexc
 import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import quax
+from jax import lax
+from jaxtyping import Array
 from lora_quax import LoraArray, LowRankArray
 
 
-def is_factored(x):
-    return isinstance(x, LoraArray | LowRankArray)
+# Arrays. Every kind has nonzero factors, a scaling other than 1 and a random base.
+
+normal = jax.nn.initializers.normal(0.5)
 
 
-def lora(shape, *, rank=2, rows=1, cols=1, seed=0, dtype=jnp.float64, **kwargs):
-    """A `LoraArray` with a random base and random factors, none of them zero."""
-    w_key, key = jr.split(jr.key(seed))
-    return LoraArray(
-        jr.normal(w_key, shape, dtype),
-        rank=rank,
-        alpha=kwargs.pop("alpha", 3.0),
-        key=key,
-        rows=rows,
-        cols=cols,
-        init_b=jax.nn.initializers.normal(0.5),
-        **kwargs,
-    )
+class Scaled(quax.ArrayValue):
+    """A second value type, as a quantised base might be: `scale · array`."""
+
+    array: Array
+    scale: Array
+
+    def aval(self):
+        return jax.typeof(self.array)
+
+    def materialise(self):
+        return self.array * self.scale
 
 
-def low_rank(shape, **kwargs):
-    """A `LowRankArray` without a base."""
+@quax.register(lax.dot_general_p)
+def _(x: Array, w: Scaled, **params):
+    return lax.dot_general_p.bind(x, w.array, **params) * w.scale
+
+
+@quax.register(lax.dot_general_p)
+def _(w: Scaled, x: Array, **params):
+    return lax.dot_general_p.bind(w.array, x, **params) * w.scale
+
+
+def _lora(weight, rank, seed, **kwargs):
+    kwargs = {"alpha": 3.0, "init_b": normal, **kwargs}
+    return LoraArray(weight, rank=rank, key=jr.key(seed + 1), **kwargs)
+
+
+def lora(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArray:
+    return _lora(jr.normal(jr.key(seed), shape, dtype), rank, seed, **kwargs)
+
+
+def low_rank(shape, **kwargs) -> LowRankArray:
     return lora(shape, **kwargs).delta
+
+
+def nested(shape, *, rank=2, seed=0, **kwargs) -> LoraArray:
+    inner = lora(shape, rank=rank + 1, seed=seed + 10, **kwargs)
+    kwargs.pop("dtype", None)
+    return _lora(inner, rank, seed, stop_gradient=False, **kwargs)
+
+
+def on_scaled(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArray:
+    array = jr.normal(jr.key(seed), shape, dtype)
+    return _lora(Scaled(array, jnp.asarray(0.7, dtype)), rank, seed, **kwargs)
+
+
+KINDS = {
+    "lora": lora,
+    "low_rank": low_rank,
+    "nested": nested,
+    "on_scaled": on_scaled,
+}
+
+
+# The oracle.
+
+
+def is_value(x) -> bool:
+    return isinstance(x, quax.ArrayValue)
 
 
 def dense(w):
     """The dense array, written out by einsum and so apart from what is tested."""
     if isinstance(w, LoraArray):
-        base = w.base
-        if isinstance(base, quax.ArrayValue):
-            base = dense(base) if is_factored(base) else base.materialise()
-        base = jax.lax.stop_gradient(base) if w.stop_gradient else base
+        base = dense(w.base)
+        base = lax.stop_gradient(base) if w.stop_gradient else base
         wide = jnp.promote_types(base.dtype, w.a.dtype)
-        return (base.astype(wide) + dense(w.delta).astype(wide)).astype(base.dtype)
+        total = base.astype(wide) + dense(w.delta).astype(wide)
+        return total.astype(base.dtype)
     if isinstance(w, LowRankArray):
         n = w.a.ndim - 1 - w.cols
         batch, rows, cols = w.a.shape[:n], w.b.shape[n:-1], w.a.shape[n + 1 :]
@@ -50,27 +98,26 @@ def dense(w):
         b = w.b.reshape(*batch, -1, w.rank)
         out = jnp.einsum("...or,...ri->...oi", b, a) * (w.alpha / w.rank)
         return out.reshape(*batch, *rows, *cols)
-    return w
+    return w.materialise() if is_value(w) else w
 
 
 def densify(tree):
-    return jtu.tree_map(dense, tree, is_leaf=is_factored)
+    return jtu.tree_map(dense, tree, is_leaf=is_value)
 
 
-def assert_close(x, y, **kwargs):
+def assert_close(x, y, *, rtol=1e-9, atol=1e-9):
     x, y = jtu.tree_leaves(densify(x)), jtu.tree_leaves(densify(y))
     assert len(x) == len(y)
     for u, v in zip(x, y):
         assert jnp.shape(u) == jnp.shape(v)
         assert jnp.result_type(u) == jnp.result_type(v)
-        kwargs = {"rtol": 1e-9, "atol": 1e-9, **kwargs}
-        u, v = (np.asarray(z, np.float64) for z in (u, v))
-        np.testing.assert_allclose(u, v, **kwargs)
+        u, v = (np.asarray(z).astype(np.float64) for z in (u, v))
+        np.testing.assert_allclose(u, v, rtol=rtol, atol=atol)
 
 
 def scalar(tree):
     """A scalar that depends on every element of every inexact array, unevenly."""
-    total = 0.0
+    total = jnp.zeros(())
     for i, x in enumerate(jtu.tree_leaves(tree)):
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
             weights = jnp.cos(jnp.arange(jnp.size(x)) + i).reshape(jnp.shape(x))
@@ -78,42 +125,165 @@ def scalar(tree):
     return total
 
 
-def value_and_grads(fn, args):
+def value_and_grads(fn: Callable, args):
     """The value, and the gradients with respect to every inexact leaf of `args`."""
 
-    def loss(args):
-        return scalar(densify(fn(*args)))
+    @eqx.filter_jit
+    def run(args):
+        def loss(args):
+            out = densify(fn(*args))
+            return scalar(out), out
 
-    return fn(*args), eqx.filter_grad(loss)(args)
+        (_, out), grads = eqx.filter_value_and_grad(loss, has_aux=True)(args)
+        return out, jtu.tree_leaves(grads)
+
+    return run(args)
 
 
-def check_against_dense(program, args, *, wrap=lambda f: f, **tolerance):
-    """`wrap(quaxify(program))` against `wrap(program)` of dense weights."""
-
-    def on_dense(*args):
-        return wrap(program)(*densify(args))
-
-    ours = wrap(quax.quaxify(program))
+def check(ours: Callable, program: Callable, args, **tolerance):
+    """`ours(*args)` against `program` of dense weights: the value and all gradients."""
     value, grads = value_and_grads(ours, args)
-    expected, expected_grads = value_and_grads(on_dense, args)
+    expected, expected_grads = value_and_grads(
+        lambda *args: program(*densify(args)), args
+    )
     assert_close(value, expected, **tolerance)
-    assert_close(jtu.tree_leaves(grads), jtu.tree_leaves(expected_grads), **tolerance)
+    assert_close(grads, expected_grads, **tolerance)
+
+
+# Transforms: each takes a program of `(w, x)` and gives ours, and the plain program.
+
+
+def _stack(*trees):
+    return jtu.tree_map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+class Transform(NamedTuple):
+    ours: Callable[[Callable], Callable]
+    plain: Callable[[Callable], Callable]
+    batch: tuple[bool, ...] = ()  # Which arguments are given a leading axis.
+
+    def arguments(self, args):
+        twice = lambda x: jtu.tree_map(lambda leaf: leaf * 0.5, x)
+        flags = self.batch + (self.batch[-1:] or (False,)) * (len(args) - 2)
+        flags = flags or (False,) * len(args)
+        return [_stack(x, twice(x)) if f else x for x, f in zip(args, flags)]
+
+
+def _axes(batch, n):
+    return tuple(0 if f else None for f in (*batch, *batch[-1:] * (n - 2)))
+
+
+def _mapped(inside: bool, *batch):
+    def plain(f):
+        return lambda *args: jax.vmap(f, _axes(batch, len(args)))(*args)
+
+    def ours(f):
+        return quax.quaxify(plain(f)) if inside else plain(quax.quaxify(f))
+
+    return Transform(ours, plain, batch)
+
+
+def _jvp(f):
+    """The tangent along a fixed direction of every inexact leaf."""
+
+    def run(*args):
+        dynamic, static = eqx.partition(args, eqx.is_inexact_array)
+        tangent = jtu.tree_map(lambda x: jnp.sin(x + 1.0), dynamic)
+        call = lambda dynamic: densify(f(*eqx.combine(dynamic, static)))
+        return jax.jvp(call, (dynamic,), (tangent,))
+
+    return run
+
+
+def _hvp(f):
+    """A product with the Hessian: forward over reverse."""
+
+    def run(*args):
+        dynamic, static = eqx.partition(args, eqx.is_inexact_array)
+        tangent = jtu.tree_map(lambda x: jnp.sin(x + 1.0), dynamic)
+        loss = lambda dynamic: scalar(densify(f(*eqx.combine(dynamic, static))))
+        return jax.jvp(jax.grad(loss), (dynamic,), (tangent,))[1]
+
+    return run
+
+
+def _on_dense(transform):
+    return lambda f: transform(lambda *args: f(*densify(args)))
+
+
+def _gradient_of_input(f):
+    return lambda *args: jax.grad(lambda x: scalar(f(*args[:-1], x)))(args[-1])
+
+
+TRANSFORMS = {
+    "Q(f)": Transform(quax.quaxify, lambda f: f),
+    "Q(vmap f)": _mapped(True, False, True),
+    "vmap(Q f)": _mapped(False, False, True),
+    "Q(vmap f) of weights": _mapped(True, True, True),
+    "vmap(Q f) of weights": _mapped(False, True, True),
+    "Q(grad f)": Transform(
+        lambda f: quax.quaxify(_gradient_of_input(f)), _gradient_of_input
+    ),
+    "Q(jit f)": Transform(lambda f: quax.quaxify(jax.jit(f)), lambda f: f),
+    "Q(checkpoint f)": Transform(
+        lambda f: quax.quaxify(jax.checkpoint(f)), lambda f: f
+    ),
+}
+DERIVATIVES = {"jvp": _jvp, "hvp": _hvp}
+
+
+# Jaxprs.
+
+
+def _subjaxprs(eqn):
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else [value]:
+            if hasattr(x, "jaxpr") or hasattr(x, "eqns"):
+                yield getattr(x, "jaxpr", x)
 
 
 def equations(jaxpr):
-    """Every equation of a jaxpr, and of those inside it."""
-    for eqn in jaxpr.eqns:
+    """Every equation of a jaxpr and of those inside it."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         yield eqn
-        for sub in jax.core.jaxprs_in_params(eqn.params):
+        for sub in _subjaxprs(eqn):
             yield from equations(sub)
 
 
-def assert_never_formed(program, args):
-    """No product of the factors has as many elements as the dense weight.
+def formed(program: Callable, args) -> list[str]:
+    """Equations that form the dense update of the first of `args`, a factored array.
 
-    The rank of every array in `args` is 2, and nothing else in a program is; a product
-    that contracts an axis of length 2 and gives a weight's worth of elements without an
-    activation among its operands is the dense update.
+    That is: whose result has the size of the weight or more, and depends on both of its
+    factors but on no other argument. (What depends on an activation too is an output.)
     """
-    del program, args
-    raise NotImplementedError
+    weight = args[0]
+    marks = jtu.tree_map(lambda _: frozenset("x"), list(args))
+    delta = lambda t: getattr(t[0], "delta", t[0])
+    marks = eqx.tree_at(lambda t: (delta(t).a, delta(t).b), marks, (
+        frozenset("a"), frozenset("b")), is_leaf=lambda x: isinstance(x, frozenset))
+    if isinstance(weight, LoraArray):
+        base = jtu.tree_map(lambda _: frozenset(), weight.base)
+        marks = eqx.tree_at(lambda t: t[0].base, marks, base,
+                            is_leaf=lambda x: isinstance(x, frozenset))
+    marks = jtu.tree_leaves(marks, is_leaf=lambda x: isinstance(x, frozenset))
+    found: list[str] = []
+
+    def run(jaxpr, marks):
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        env: dict[Any, frozenset] = {}
+        read = lambda v: frozenset() if isinstance(v, jexc.Literal) else env.get(
+            v, frozenset())
+        env.update(zip(jaxpr.invars, marks))
+        for eqn in jaxpr.eqns:
+            inputs = [read(v) for v in eqn.invars]
+            for sub in _subjaxprs(eqn):
+                n = len(sub.invars)
+                run(sub, inputs[len(inputs) - n :] if n <= len(inputs) else inputs)
+            mark = frozenset().union(*inputs)
+            for v in eqn.outvars:
+                env[v] = mark
+                if mark == {"a", "b"} and v.aval.size >= weight.size:
+                    found.append(str(eqn.primitive))
+
+    run(jax.make_jaxpr(lambda args: program(*args))(list(args)), marks)
+    return found

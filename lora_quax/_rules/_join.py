@@ -14,7 +14,7 @@ from jaxtyping import ArrayLike
 
 from .._array import FactoredArray, LoraArray, LowRankArray, make, materialise_or_refuse
 from ._layout import BATCH, broadcast_in_dim, groups, pad
-from ._register import NotLazy, variadic
+from ._register import NotLazy, variadic, with_zero_base
 
 
 def low_rank_sum(deltas: Sequence[LowRankArray]) -> LowRankArray:
@@ -41,14 +41,9 @@ def _join(primitive, operands, params, on_deltas, before=()):
     A plain operand has no update, a low-rank one no base. The bases are stopped first:
     each has a flag of its own, and a plain array among them may train.
     """
-    dtype = jnp.result_type(*(x.dtype for x in operands))
-    bases, deltas = [], []
-    for x in operands:
-        lora = isinstance(x, LoraArray)
-        low_rank = isinstance(x, LowRankArray)
-        deltas.append(x.delta if lora else x if low_rank else None)
-        zero = jnp.zeros(x.shape, dtype) if low_rank else x
-        bases.append(x.frozen_base() if lora else zero)
+    summed = [with_zero_base(x) if isinstance(x, LowRankArray) else x for x in operands]
+    deltas = [x.delta if isinstance(x, LoraArray) else None for x in summed]
+    bases = [x.frozen_base() if isinstance(x, LoraArray) else x for x in summed]
     try:
         delta = on_deltas(deltas)
     except NotLazy as why:

@@ -6,6 +6,7 @@ axes of both; what remains is to see that an operation does not tear a group apa
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 from jax import lax
 
 from .._array import LowRankArray
@@ -78,17 +79,68 @@ def reshape(w: LowRankArray, *, new_sizes, dimensions, sharding):
     shape, new_sizes = w.shape, tuple(new_sizes)
     if 0 in shape:
         raise NotLazy("the array is empty")
+    blocks, rank = list(_blocks(shape, new_sizes)), w.rank
+    for before, _ in blocks:
+        w = _unite(w, [i for i in before if shape[i] != 1])
+    if w.rank > rank and w.a.size + w.b.size >= w.size:
+        raise NotLazy(
+            f"reshaping {shape} to {new_sizes} merges rows with columns, and the factors "
+            f"of the result, at rank {w.rank}, would be larger than it"
+        )
     old, new, group = groups(w), [], BATCH
-    for before, after in _blocks(shape, new_sizes):
-        kinds = {old[i] for i in before if shape[i] != 1} or {old[i] for i in before}
-        if len(kinds) > 1:
-            raise NotLazy(
-                f"reshaping {shape} to {new_sizes} merges axes of two groups among "
-                "batch, rows and columns"
-            )
-        group = max(group, *kinds, group)  # A new axis of length 1 joins the last.
+    for before, after in blocks:
+        wide = [old[i] for i in before if shape[i] != 1] or [old[i] for i in before]
+        group = max([group, *wide])  # A new axis of length 1 joins the last.
         new += [group] * len(after)
     return _resize(w, new_sizes, new)
+
+
+def _unite(w: LowRankArray, axes: Sequence[int]) -> LowRankArray:
+    """`w` with these neighbouring axes in one group, for a higher rank if need be.
+
+    A grouped convolution merges its groups with its inputs, a vmapped one its batch with
+    its outputs. An axis `x` changes groups by entering the rank,
+
+        Σ_r b[x, o, r] a[r, i] = Σ_{y,r} b[y, o, r] · δ[x, y] a[r, i],
+
+    with the pair (y, r) as the new rank: one factor has lost the axis, to the rank, and
+    the other has it in a block diagonal.
+    """
+    kinds = [groups(w)[i] for i in axes]
+    for axis in reversed([i for i, kind in zip(axes, kinds) if kind != kinds[-1]]):
+        if groups(w)[axis] == BATCH:
+            w = _batch_to_row(w)
+        if kinds[-1] == COL:
+            w = _row_to_col(w)
+    return w
+
+
+def _batch_to_row(w: LowRankArray) -> LowRankArray:
+    n, x = w.n_batch, w.shape[w.n_batch - 1]
+    shape = w.b.shape
+    # a: (*batch, x, rank, *cols) -> (*batch, x rank, *cols)
+    a = w.a.reshape(*w.a.shape[: n - 1], x * w.rank, *w.a.shape[n + 1 :])
+    # b: (*batch, x, *rows, rank) -> (*batch, x, *rows, x rank)
+    eye = jnp.eye(x, dtype=w.b.dtype).reshape(x, *(1,) * w.rows, x, 1)
+    b = (jnp.expand_dims(w.b, -2) * eye).reshape(*shape[:-1], x * w.rank)
+    return _enlarged(w, a, b, x, rows=w.rows + 1)
+
+
+def _row_to_col(w: LowRankArray) -> LowRankArray:
+    n, x = w.n_batch, w.b.shape[-2]
+    # b: (*batch, *rows, x, rank) -> (*batch, *rows, x rank)
+    b = w.b.reshape(*w.b.shape[:-2], x * w.rank)
+    # a: (*batch, rank, *cols) -> (*batch, x rank, x, *cols)
+    eye = jnp.eye(x, dtype=w.a.dtype).reshape(x, 1, x, *(1,) * w.cols)
+    a = jnp.expand_dims(w.a, (n, n + 2)) * eye
+    a = a.reshape(*a.shape[:n], x * w.rank, x, *w.a.shape[n + 1 :])
+    return _enlarged(w, a, b, x, rows=w.rows - 1, cols=w.cols + 1)
+
+
+def _enlarged(w: LowRankArray, a, b, factor: int, **changes) -> LowRankArray:
+    """`w` with factors of a rank `factor` times as high, and the same scaling."""
+    rank, alpha = w.rank * factor, w.alpha * factor
+    return w.replace(a=a, b=b, rank=rank, alpha=alpha, **changes)
 
 
 def _resize(w: LowRankArray, sizes, groups):
@@ -187,7 +239,7 @@ def split(w: LowRankArray, *, sizes, axis):
     return out
 
 
-@linear(lax.pad_p)
+@linear(lax.pad_p, affine=lambda params: True)
 def pad(w: LowRankArray, padding_value, *, padding_config):
     del padding_value  # The base is padded with it, and the update with zeros.
 

@@ -21,7 +21,11 @@ def dynamic_slice(w: LowRankArray, *starts, slice_sizes):
     return on_factors(w, lax.dynamic_slice, (starts, zero), (slice_sizes, w.rank))
 
 
-@linear(lax.gather_p)
+def _fills(params) -> bool:
+    return params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+
+
+@linear(lax.gather_p, affine=_fills)
 def gather(
     w: LowRankArray,
     indices,

@@ -5,7 +5,7 @@ Almost every rule says what a linear operation does to a `LowRankArray`. For a
 and the sum stays unsummed if the update stayed low rank, or is taken if it did not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from .._array import (
     FactoredArray,
     LoraArray,
     LowRankArray,
+    make,
     materialise_or_refuse,
 )
 
@@ -25,16 +26,27 @@ class NotLazy(Exception):
     """Raised by a rule whose result is not low rank; the message says why."""
 
 
-def linear(primitive, *, operand: int = 0):
+def linear(
+    primitive,
+    *,
+    operand: int = 0,
+    affine: Callable[[dict], bool] = lambda params: False,
+):
     """Registers `rule(*operands, **params)`, whose operand number `operand` is low rank.
 
     The rule returns a `LowRankArray`, or a dense array, or a list of them for a
-    primitive of several results, or raises `NotLazy`. It gives the linear part of the
-    operation: what it does to zero (the filling of a `pad`) belongs to the base.
+    primitive of several results, or raises `NotLazy`.
+
+    With some parameters an operation may be `affine`, as a `pad` that fills with ones.
+    The rule gives the linear part. The rest, what the operation does to zero, falls to
+    the base; an array without a base is then given one of zeros.
     """
 
     def decorate(rule):
         def on_low_rank(*args, **params):
+            if affine(params):
+                w = with_zero_base(args[operand])
+                return on_lora(*args[:operand], w, *args[operand + 1 :], **params)
             try:
                 return rule(*args, **params)
             except NotLazy as why:
@@ -73,6 +85,16 @@ def _register(primitive, operand: int, kind: type, rule):
         @quax.register(primitive)
         def _(x: ArrayLike, w: kind, *rest: ArrayLike, **params):  # pyright: ignore
             return rule(x, w, *rest, **params)
+
+
+def with_zero_base(delta: LowRankArray) -> LoraArray:
+    return make(
+        LoraArray,
+        base=jnp.zeros(delta.shape, delta.dtype),
+        delta=delta,
+        stop_gradient=False,
+        allow_materialise=delta.allow_materialise,
+    )
 
 
 def variadic(primitive):

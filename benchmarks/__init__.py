@@ -1,0 +1,1 @@
+"""Measurements of lora_quax against its peers: `python -m benchmarks`."""

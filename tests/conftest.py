@@ -1,0 +1,46 @@
+import os
+import random
+
+
+# Before JAX is imported: `shard_map` is tested on two devices, wherever the tests run.
+_flag = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
+
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+
+# The annotations of shapes and types are checked whenever a function is called.
+jaxtyping.install_import_hook("lora_quax", "beartype.beartype")
+
+
+class _GetKey:
+    """A fresh random key for every call; its seed is printed when a test fails, and
+    `GETKEY_SEED` in the environment sets it."""
+
+    def __init__(self):
+        self.seed = int(os.environ.get("GETKEY_SEED", random.randint(0, 2**31 - 1)))
+        self.calls = 0
+
+    def __repr__(self):
+        return f"getkey(seed={self.seed})"
+
+    def __call__(self):
+        import jax.random as jr
+
+        self.calls += 1
+        return jr.fold_in(jr.key(self.seed), self.calls)
+
+
+@pytest.fixture
+def getkey():
+    return _GetKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    get = getattr(item, "funcargs", {}).get("getkey")
+    if get is not None and report.failed:
+        report.sections.append(("random keys", repr(get)))
+    return report

@@ -1,0 +1,309 @@
+"""Every rule, on every kind of array and under every transform, against dense weights."""
+
+import jax
+import jax.ad_checkpoint
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+from helpers import (
+    check,
+    DERIVATIVES,
+    formed,
+    KINDS,
+    lora,
+    low_rank,
+    TRANSFORMS,
+)
+from jax import lax
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def x(*shape, seed=7):
+    return jr.normal(jr.key(seed), shape, jnp.float64)
+
+
+def _dot(contract, batch=((), ())):
+    return lambda u, v: lax.dot_general(u, v, (contract, batch))
+
+
+def _conv(**kwargs):
+    kwargs = {"window_strides": (2, 1), "padding": ((1, 2), (0, 1)), **kwargs}
+    return lambda w, x: lax.conv_general_dilated(x, w, **kwargs)
+
+
+_ids = [[1, 2], [0, 4]]
+_name = jax.ad_checkpoint.checkpoint_name
+
+# name: (program of a weight and another array, the weight's shape and axes, the other's)
+MATRIX = dict(shape=(5, 3))
+STACK = dict(shape=(2, 5, 3))
+KERNEL = dict(cols=3)
+PROGRAMS = {
+    # dot_general
+    "w @ x": (lambda w, x: w @ x, MATRIX, (3,)),
+    "w @ X": (lambda w, x: w @ x, MATRIX, (3, 4)),
+    "x @ w": (lambda w, x: x @ w, MATRIX, (4, 5)),
+    "x @ w.T": (lambda w, x: x @ w.T, MATRIX, (4, 3)),
+    "many tokens": (lambda w, x: jnp.einsum("oi,bti->bto", w, x), MATRIX, (2, 4, 3)),
+    "features first": (lambda w, x: jnp.einsum("oi,ib->ob", w, x), MATRIX, (3, 4)),
+    "everything contracted": (lambda w, x: jnp.sum(w * 2.0 @ x), MATRIX, (3,)),
+    "both axes": (lambda w, x: jnp.einsum("oi,boi->b", w, x), MATRIX, (2, 5, 3)),
+    "batched over rows": (_dot(((1,), (1,)), ((0,), (0,))), MATRIX, (5, 3)),
+    "batched over columns": (_dot(((0,), (0,)), ((1,), (1,))), MATRIX, (5, 3)),
+    "outer": (lambda w, x: jnp.einsum("oi,k->oik", w, x), MATRIX, (2,)),
+    "ensemble": (lambda w, x: jnp.einsum("eoi,ebi->ebo", w, x), STACK, (2, 4, 3)),
+    "ensemble, one input": (lambda w, x: jnp.einsum("eoi,bi->ebo", w, x), STACK, (4, 3)),
+    "ensemble, summed": (
+        lambda w, x: jnp.einsum("eoi,ebi->bo", w, x),
+        STACK,
+        (2, 4, 3),
+    ),
+    "ensemble, transposed": (
+        lambda w, x: x @ w.transpose(0, 2, 1),
+        STACK,
+        (2, 4, 3),
+    ),
+    "heads out": (
+        lambda w, x: jnp.einsum("hdi,bi->bhd", w.reshape(2, 3, 4), x),
+        dict(shape=(6, 4)),
+        (5, 4),
+    ),
+    "heads in": (
+        lambda w, x: jnp.einsum("bhd,hdi->bi", x, w.T.reshape(2, 3, 5)),
+        dict(shape=(5, 6)),
+        (4, 2, 3),
+    ),
+    "heads in, order unsorted": (
+        lambda w, x: lax.dot_general(x, w.reshape(2, 3, 5), (((2, 1), (1, 0)), ((), ()))),
+        dict(shape=(6, 5)),
+        (4, 2, 3),
+    ),
+    "heads batched": (
+        lambda w, x: jnp.einsum("bhd,hdi->bhi", x, w.reshape(2, 3, 5)),
+        dict(shape=(6, 5)),
+        (4, 2, 3),
+    ),
+    "rows of two axes": (
+        lambda w, x: jnp.einsum("hdi,bi->bhd", w, x),
+        dict(shape=(2, 3, 4), rows=2),
+        (5, 4),
+    ),
+    "columns of two axes": (
+        lambda w, x: jnp.einsum("ihd,bi->bhd", w, x),
+        dict(shape=(4, 2, 3), cols=2),
+        (5, 4),
+    ),
+    "one output": (lambda w, x: w @ x, dict(shape=(1, 3), rank=1), (3,)),
+    # convolutions
+    "conv 1d": (
+        _conv(window_strides=(1,), padding="SAME"),
+        dict(shape=(4, 3, 3), cols=2),
+        (2, 3, 7),
+    ),
+    "conv 2d": (
+        _conv(rhs_dilation=(1, 2)),
+        dict(shape=(4, 3, 3, 2), **KERNEL),
+        (2, 3, 7, 6),
+    ),
+    "conv 3d": (
+        _conv(window_strides=(1, 1, 1), padding="SAME"),
+        dict(shape=(4, 3, 3, 2, 2), cols=4),
+        (2, 3, 4, 5, 4),
+    ),
+    "conv, feature groups": (
+        _conv(feature_group_count=3),
+        dict(shape=(9, 4, 3, 2), rank=1, **KERNEL),
+        (2, 12, 7, 6),
+    ),
+    "conv, batch groups": (
+        _conv(batch_group_count=2),
+        dict(shape=(6, 3, 3, 2), **KERNEL),
+        (4, 3, 7, 6),
+    ),
+    "conv, depthwise": (
+        _conv(feature_group_count=4),
+        dict(shape=(8, 1, 3, 2), rank=1, **KERNEL),
+        (2, 4, 7, 6),
+    ),
+    "conv, transposed": (
+        _conv(lhs_dilation=(2, 3)),
+        dict(shape=(4, 3, 3, 2), **KERNEL),
+        (2, 3, 7, 6),
+    ),
+    "conv, channels last": (
+        _conv(dimension_numbers=("NHWC", "OIHW", "NHWC")),
+        dict(shape=(4, 3, 3, 2), **KERNEL),
+        (2, 7, 6, 3),
+    ),
+    "conv, HWIO kernel, groups": (
+        _conv(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2),
+        dict(shape=(3, 2, 2, 4), rows=3),
+        (2, 7, 6, 4),
+    ),
+    "conv, HWIO of an OIHW": (
+        lambda w, x: _conv(dimension_numbers=("NCHW", "HWIO", "NCHW"))(
+            w.transpose(2, 3, 1, 0), x
+        ),
+        dict(shape=(4, 3, 3, 2), **KERNEL),
+        (2, 3, 7, 6),
+    ),
+    "conv, inputs first": (
+        _conv(dimension_numbers=("NCHW", "IOHW", "NCHW")),
+        dict(shape=(3, 4, 3, 2), **KERNEL),
+        (2, 3, 7, 6),
+    ),
+    "conv, inputs first, groups": (
+        _conv(dimension_numbers=("NCHW", "IOHW", "NCHW"), feature_group_count=2),
+        dict(shape=(3, 4, 3, 2), **KERNEL),
+        (2, 6, 7, 6),
+    ),
+    # lookups
+    "w[ids]": (lambda w, x: w[jnp.array(_ids)] * x, MATRIX, (3,)),
+    "w[id]": (lambda w, x: w[1] * x, MATRIX, (3,)),
+    "w[-1]": (lambda w, x: w[-1] * x, MATRIX, (3,)),
+    "w[traced id]": (lambda w, x: w[jnp.argmax(x)] * x, MATRIX, (3,)),
+    "w[:, ids]": (lambda w, x: w[:, jnp.array([2, 0])] @ x, MATRIX, (2,)),
+    "w[i, j]": (lambda w, x: w[jnp.arange(3), jnp.array([2, 1, 1])] * x, MATRIX, (3,)),
+    "w[slice]": (lambda w, x: w[1:4:2, :2] @ x, MATRIX, (2,)),
+    "take": (lambda w, x: jnp.take(w, jnp.array(_ids), 0) @ x, MATRIX, (3,)),
+    "take, clip": (
+        lambda w, x: jnp.take(w, jnp.array([9, 2]), 1, mode="clip").sum() * x,
+        MATRIX,
+        (3,),
+    ),
+    "get, fill": (
+        lambda w, x: w.at[jnp.array([1, 9])].get(mode="fill", fill_value=2.0) * x,
+        MATRIX,
+        (3,),
+    ),
+    "get, promise": (
+        lambda w, x: w.at[jnp.array([1, 0])].get(mode="promise_in_bounds") * x,
+        MATRIX,
+        (3,),
+    ),
+    "take_along_axis": (
+        lambda w, x: jnp.take_along_axis(w, jnp.array([[0, 1, 4]]), 0) * x,
+        MATRIX,
+        (3,),
+    ),
+    "experts[ids]": (
+        lambda w, x: jnp.einsum("boi,bi->bo", w[jnp.array([0, 1, 1, 0])], x),
+        STACK,
+        (4, 3),
+    ),
+    "experts, rows of them": (
+        lambda w, x: w[jnp.array([0, 1]), jnp.array([4, 2])] * x,
+        STACK,
+        (3,),
+    ),
+    "dynamic_slice": (
+        lambda w, x: lax.dynamic_slice(w, (1, 1), (2, 2)) @ x,
+        MATRIX,
+        (2,),
+    ),
+    "layer of a stack": (lambda w, x: w[1] @ x, STACK, (3,)),
+    "tied head": (lambda w, x: (w[jnp.array([1, 3])] * x) @ w.T, MATRIX, (3,)),
+    # layout
+    "reshape, rows": (lambda w, x: w.reshape(2, 3, 4)[1] @ x, dict(shape=(6, 4)), (4,)),
+    "reshape, merged": (
+        lambda w, x: w.reshape(6, 4) @ x,
+        dict(shape=(2, 3, 4), rows=2),
+        (4,),
+    ),
+    "w[None]": (lambda w, x: (w[None] @ x)[0], MATRIX, (3,)),
+    "w[:, None]": (lambda w, x: (w[:, None] @ x)[:, 0], MATRIX, (3,)),
+    "w[..., None]": (lambda w, x: (w[..., None] * 1.0)[..., 0] @ x, MATRIX, (3,)),
+    "broadcast": (
+        lambda w, x: jnp.broadcast_to(w, (2, 5, 3)) @ x,
+        MATRIX,
+        (3,),
+    ),
+    "rev": (lambda w, x: w[::-1, ::-1] @ x, MATRIX, (3,)),
+    "repeat": (lambda w, x: jnp.repeat(w, 2, 0) @ x, MATRIX, (3,)),
+    "tile": (lambda w, x: jnp.tile(w, (2, 1)) @ x, MATRIX, (3,)),
+    "split": (lambda w, x: jnp.split(w, (2, 3))[2] @ x, MATRIX, (3,)),
+    "pad": (
+        lambda w, x: jnp.pad(w, ((1, 2), (0, 1)), constant_values=2.0) @ x,
+        MATRIX,
+        (4,),
+    ),
+    "sum": (lambda w, x: w.sum(1) * w.sum() + x, MATRIX, (5,)),
+    "mean": (lambda w, x: w.mean(0) * x, MATRIX, (3,)),
+    # joins
+    "w + x": (lambda w, x: (w + x) @ x.T, MATRIX, (5, 3)),
+    "x - w": (lambda w, x: (x - w) @ x.T, MATRIX, (5, 3)),
+    "w + 1": (lambda w, x: (w + 1.0) @ x, MATRIX, (3,)),
+    "concatenate [w, x]": (
+        lambda w, x: jnp.concatenate([w, x]) @ jnp.arange(3.0),
+        MATRIX,
+        (2, 3),
+    ),
+    "concatenate columns": (
+        lambda w, x: jnp.concatenate([x, w, w], 1) @ jnp.arange(7.0),
+        MATRIX,
+        (5, 1),
+    ),
+    "stack [w, w]": (
+        lambda w, x: jnp.einsum("eoi,i->eo", jnp.stack([w, w]), x),
+        MATRIX,
+        (3,),
+    ),
+    "stack [w, x] inside": (
+        lambda w, x: jnp.einsum("oei,i->eo", jnp.stack([w, x], 1), jnp.arange(3.0)),
+        MATRIX,
+        (5, 3),
+    ),
+    "select": (
+        lambda w, x: lax.select_n(x[0] > 0, w, -2.0 * w) @ x,
+        MATRIX,
+        (3,),
+    ),
+    # scalars and the rest
+    "scalars": (lambda w, x: (-w * x[0] * 2 / x[1]) @ x, MATRIX, (3,)),
+    "0.5 * w": (lambda w, x: (0.5 * w) @ x, MATRIX, (3,)),
+    "cast": (
+        lambda w, x: (w.astype(jnp.float32) @ x.astype(jnp.float32)),
+        MATRIX,
+        (3,),
+    ),
+    "copy": (lambda w, x: jnp.copy(w) @ x, MATRIX, (3,)),
+    "name": (lambda w, x: _name(w, "w") @ x, MATRIX, (3,)),
+    "stop_gradient": (lambda w, x: lax.stop_gradient(w) @ x, MATRIX, (3,)),
+    "barrier": (
+        lambda w, x: (lambda wx: wx[0] @ wx[1])(lax.optimization_barrier((w, x))),
+        MATRIX,
+        (3,),
+    ),
+    "device_put": (lambda w, x: jax.device_put(w, jax.devices()[0]) @ x, MATRIX, (3,)),
+}
+_SINGLE = {"cast": dict(rtol=2e-5, atol=2e-5)}
+
+
+def _case(program, kind="lora"):
+    fn, weight, other = PROGRAMS[program]
+    weight = dict(weight)
+    return fn, (KINDS[kind](weight.pop("shape"), **weight), x(*other))
+
+
+# A value that has a rule for `dot_general` alone meets the other primitives densely,
+# which is that value's affair.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_kinds(program, kind):
+    fn, args = _case(program, kind)
+    check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **_SINGLE.get(program, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t != "Q(f)"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_transforms(program, transform):
+    fn, args = _case(program)
+    transform = TRANSFORMS[transform]
+    args = transform.arguments(args)
+    check(transform.ours(fn), transform.plain(fn), args, **_SINGLE.get(program, {}))
