@@ -276,14 +276,17 @@ def formed(program: Callable, args) -> list[str]:
         env.update(zip(jaxpr.invars, marks))
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
+            outputs = [frozenset().union(*inputs)] * len(eqn.outvars)
             for sub in _subjaxprs(eqn):
                 n = len(sub.invars)
-                run(sub, inputs[len(inputs) - n :] if n <= len(inputs) else inputs)
-            mark = frozenset().union(*inputs)
-            for v in eqn.outvars:
+                inside = run(sub, inputs[len(inputs) - n :])
+                if str(eqn.primitive) in ("jit", "pjit"):
+                    outputs = inside
+            for v, mark in zip(eqn.outvars, outputs):
                 env[v] = mark
                 if mark == {"a", "b"} and v.aval.size >= weight.size:
                     found.append(str(eqn.primitive))
+        return [read(v) for v in jaxpr.outvars]
 
     run(jax.make_jaxpr(lambda args: program(*args))(list(args)), marks)
     return found

@@ -68,7 +68,7 @@ def test_layout_lists_every_file():
     assert set(listed) == {name for name in found if "__init__" not in name}
 
 
-def adapted_linear() -> eqx.nn.Linear:
+def adapted_linear():
     linear = lora_quax.loraify(eqx.nn.Linear(3, 2, key=jr.key(0)), 1, jr.key(1))
     b = jnp.ones_like(linear.weight.b)
     return eqx.tree_at(lambda l: l.weight.delta.b, linear, b)
@@ -94,8 +94,18 @@ def test_gradient_inside_is_that_of_the_dense_weight():
     assert outside.b.shape == (2, 1)
 
 
+@jax.custom_vjp
+def half(w):
+    return w / 2
+
+
+half.defvjp(lambda w: (w / 2, None), lambda _, ct: (ct / 2,))
+
+
 @pytest.mark.parametrize(
-    "f", [jax.nn.relu, lambda w: w * w, jnp.sort], ids=["relu", "square", "sort"]
+    "f",
+    [jax.nn.relu, lambda w: w * w, jnp.sort, half],
+    ids=["custom_jvp", "square", "sort", "custom_vjp"],
 )
 def test_the_refusals_that_are_named(f):
     weight = adapted_linear().weight

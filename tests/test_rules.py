@@ -1,20 +1,26 @@
 """Every rule, on every kind of array and under every transform, against dense weights."""
 
+import equinox as eqx
 import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
+import quax
 from helpers import (
+    assert_close,
     check,
+    densify,
     DERIVATIVES,
+    equations,
     formed,
     KINDS,
     lora,
-    low_rank,
     TRANSFORMS,
 )
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from lora_quax import MaterialiseError
 
 
 @pytest.fixture(autouse=True)
@@ -116,9 +122,9 @@ PROGRAMS = {
         (2, 3, 4, 5, 4),
     ),
     "conv, feature groups": (
-        _conv(feature_group_count=3),
-        dict(shape=(9, 4, 3, 2), rank=1, **KERNEL),
-        (2, 12, 7, 6),
+        _conv(feature_group_count=2),
+        dict(shape=(16, 3, 3, 2), rank=1, **KERNEL),
+        (2, 6, 7, 6),
     ),
     "conv, batch groups": (
         _conv(batch_group_count=2),
@@ -299,11 +305,162 @@ def test_kinds(program, kind):
     check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **_SINGLE.get(program, {}))
 
 
+# Where a transform, inside `quaxify`, does to the weight what has no low rank, or one so
+# high that the factors would be larger than the weight.
+DENSE = {
+    "Q(grad f)": {
+        "conv, batch groups",
+        "conv, depthwise",
+        "conv, HWIO kernel, groups",
+        "conv, inputs first, groups",
+        "scalars",
+    },
+    "Q(vmap f) of weights": {
+        "conv, inputs first",
+        "conv, inputs first, groups",
+        "select",
+    },
+    "Q(vmap f)": {"select"},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t != "Q(f)"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_transforms(program, transform):
-    fn, args = _case(program)
+    dense = program in DENSE.get(transform, ())
+    fn, weight, other = PROGRAMS[program]
     transform = TRANSFORMS[transform]
-    args = transform.arguments(args)
+    args = transform.arguments([lora(**weight, allow_materialise=dense), x(*other)])
     check(transform.ours(fn), transform.plain(fn), args, **_SINGLE.get(program, {}))
+    if dense:
+        args = transform.arguments([lora(**weight), x(*other)])
+        with pytest.raises(MaterialiseError, match="needs the dense weight"):
+            transform.ours(fn)(*args)
+
+
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_derivatives(program, derivative):
+    fn, args = _case(program)
+    derive = DERIVATIVES[derivative]
+    ours = eqx.filter_jit(derive(quax.quaxify(fn)))
+    plain = eqx.filter_jit(derive(lambda *args: fn(*densify(args))))
+    assert_close(ours(*args), plain(*args), **_SINGLE.get(program, {}))
+
+
+# What a reduction to rows of a few ids, or to one element, would be if it were large.
+@pytest.mark.parametrize("kind", ["lora", "low_rank"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_never_formed(program, kind):
+    fn, args = _case(program, kind)
+    assert formed(quax.quaxify(fn), args) == []
+
+
+def test_that_formed_would_see_it():
+    fn, args = lambda w, x: w.dense() @ x, (lora((5, 3)), x(3))
+    assert "dot_general" in " ".join(formed(fn, args))
+    allowed = lora((5, 3), allow_materialise=True)
+    assert formed(quax.quaxify(lambda w, x: jnp.exp(w) @ x), (allowed, x(3)))
+
+
+_MIXED = {
+    "bfloat16 base": (jnp.bfloat16, jnp.float32, jnp.bfloat16),
+    "bfloat16 all": (jnp.bfloat16, jnp.bfloat16, jnp.bfloat16),
+    "float16 base": (jnp.float16, jnp.float32, jnp.float16),
+    "float32 all": (jnp.float32, jnp.float32, jnp.float32),
+    "float64 factors": (jnp.float32, jnp.float64, jnp.float32),
+    "narrow factors": (jnp.float32, jnp.bfloat16, jnp.float32),
+}
+_DTYPE_PROGRAMS = [
+    "w @ X",
+    "x @ w.T",
+    "many tokens",
+    "conv 2d",
+    "conv, feature groups",
+    "w[ids]",
+    "tied head",
+    "stack [w, w]",
+    "concatenate [w, x]",
+    "heads out",
+    "0.5 * w",
+]
+
+
+@pytest.mark.parametrize("dtypes", _MIXED)
+@pytest.mark.parametrize("program", _DTYPE_PROGRAMS)
+def test_dtypes(program, dtypes):
+    fn, weight, other = PROGRAMS[program]
+    base, factors, activations = _MIXED[dtypes]
+    narrowest = min(jnp.finfo(d).nmant for d in _MIXED[dtypes])
+    tolerance = 2.0 ** (4 - narrowest)
+    w = lora(**weight)
+    cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+    w = w.replace(base=cast(w.base, base), delta=cast(w.delta, factors))
+    out = eqx.filter_jit(quax.quaxify(fn))(w, x(*other).astype(activations))
+    # The reference: the very same numbers, in double precision.
+    wide = w.replace(base=cast(w.base, float), delta=cast(w.delta, float))
+    expected = fn(densify(wide), x(*other).astype(activations).astype(float))
+    assert out.dtype == fn(w.base, x(*other).astype(activations)).dtype
+    scale = float(jnp.abs(expected).max())
+    assert_close(
+        out.astype(float), expected, rtol=tolerance, atol=2 * tolerance * scale
+    )
+
+
+@pytest.mark.parametrize("preferred", [None, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_dot_parameters_reach_the_right_product(side, preferred):
+    w = lora((5, 3), dtype=jnp.float32)
+    u = x(4, 3).astype(jnp.float32)
+    precision = (lax.Precision.HIGHEST, lax.Precision.DEFAULT)
+
+    def fn(w, u):
+        operands = (w, u) if side == "left" else (u, w)
+        params = dict(precision=precision, preferred_element_type=preferred)
+        return lax.dot_general(*operands, (((1,), (1,)), ((), ())), **params)
+
+    out = quax.quaxify(fn)(w, u)
+    plain = fn(densify(w), u)
+    assert out.dtype == plain.dtype
+    assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    jaxpr = jax.make_jaxpr(quax.quaxify(fn))(w, u)
+    dots = [e for e in equations(jaxpr) if "dot_general" in str(e.primitive)]
+    # Activations come first whatever the side, and so does their precision.
+    of_u, of_w = precision[::-1] if side == "left" else precision
+    assert [e.params["precision"] for e in dots] == [(of_u, of_w)] * 3
+    assert all(e.params["preferred_element_type"] == (preferred or None) or preferred is None for e in dots)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_out_sharding(side):
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Explicit,))
+    w, u = lora((4, 3)), x(6, 3)
+
+    def fn(w, u):
+        operands, spec = ((w, u), P("i", None)) if side == "left" else ((u, w), P(None, "i"))
+        return lax.dot_general(
+            *operands, (((1,), (1,)), ((), ())), out_sharding=NamedSharding(mesh, spec)
+        )
+
+    with jax.set_mesh(mesh):
+        out = jax.jit(quax.quaxify(fn))(w, u)
+        plain = jax.jit(fn)(densify(w), u)
+        assert out.sharding.spec == plain.sharding.spec
+        assert_close(out, plain)
+
+
+def test_shardings_of_the_factors():
+    mesh = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
+    w = lora((4, 6))
+    for spec, a, b in [
+        (P("i", None), P(None, None), P("i", None)),
+        (P(None, "i"), P(None, "i"), P(None, None)),
+    ]:
+        put = quax.quaxify(lambda w, s=spec: jax.device_put(w, NamedSharding(mesh, s)))(w)
+        assert (put.base.sharding.spec, put.a.sharding.spec, put.b.sharding.spec) == (
+            spec,
+            a,
+            b,
+        )
+        assert_close(put, w)

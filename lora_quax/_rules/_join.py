@@ -12,7 +12,14 @@ import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
-from .._array import FactoredArray, LoraArray, LowRankArray, make, materialise_or_refuse
+from .._array import (
+    FactoredArray,
+    LoraArray,
+    LowRankArray,
+    make,
+    materialise_or_refuse,
+    scale,
+)
 from ._layout import BATCH, broadcast_in_dim, groups, pad
 from ._register import NotLazy, variadic, with_zero_base
 
@@ -25,14 +32,9 @@ def low_rank_sum(deltas: Sequence[LowRankArray]) -> LowRankArray:
     if any(groups(d) != groups(first) for d in deltas):
         raise NotLazy("the arrays differ in which axes are rows and which are columns")
     a = jnp.concatenate([d.a for d in deltas], first.n_batch)
-    b = jnp.concatenate([times(d.b, d.scaling) for d in deltas], -1)
+    b = jnp.concatenate([scale(d.b, d.scaling) for d in deltas], -1)
     rank = sum(d.rank for d in deltas)
     return first.replace(a=a, b=b, rank=rank, alpha=float(rank))
-
-
-def times(factor, scalar):
-    """`factor · scalar`, in the factor's dtype."""
-    return factor * jnp.asarray(scalar, factor.dtype)
 
 
 def _join(primitive, operands, params, on_deltas, before=()):
@@ -68,11 +70,8 @@ def _register_sum(primitive, sign: int):
         return low_rank_sum([d for d in (x, y) if d is not None])
 
     def rule(*operands, **params):
-        shape = next(x.shape for x in operands if isinstance(x, FactoredArray))
-        operands = [
-            x if isinstance(x, FactoredArray) else jnp.broadcast_to(x, shape)
-            for x in operands
-        ]
+        shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
+        operands = [quax.quaxify(jnp.broadcast_to)(x, shape) for x in operands]
         return _join(primitive, operands, params, on_deltas)
 
     variadic(primitive)(rule)

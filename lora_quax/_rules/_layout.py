@@ -4,6 +4,7 @@ Each acts on the factors that hold the axis. Rows are axes of `b`, columns of `a
 axes of both; what remains is to see that an operation does not tear a group apart.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -51,24 +52,93 @@ def on_factors(w: LowRankArray, fn: Callable, *params: tuple[Sequence, object]):
 
 @linear(lax.transpose_p)
 def transpose(w: LowRankArray, *, permutation):
-    a_labels, b_labels, _ = w.labels
+    """Rows and columns may change places, and then so do the factors."""
     old = groups(w)
-    new = [old[i] for i in permutation]
-    if new == old:
-        a_order, b_order = factor_axes(old)
-        a_order = [i if i == "rank" else permutation[i] for i in a_order]
-        b_order = [i if i == "rank" else permutation[i] for i in b_order]
-        a, b = arrange(w.a, a_labels, a_order), arrange(w.b, b_labels, b_order)
-        return w.replace(a=a, b=b)
-    swapped = [ROW if group == COL else COL if group else BATCH for group in new]
-    if swapped == sorted(swapped):
-        # Rows and columns change places, and so do the factors.
-        a_order, b_order = factor_axes(swapped)
-        a_order = [i if i == "rank" else permutation[i] for i in a_order]
-        b_order = [i if i == "rank" else permutation[i] for i in b_order]
-        a, b = arrange(w.b, b_labels, a_order), arrange(w.a, a_labels, b_order)
-        return w.replace(a=a, b=b, rows=w.cols, cols=w.rows)
-    raise NotLazy(f"permutation {permutation} mixes batch, row and column axes")
+    moved = [old[i] for i in permutation]
+    n = next((i for i, group in enumerate(moved) if group != BATCH), w.ndim)
+    # Behind the batch axes, the first `cut` axes are to be rows and the others columns,
+    # or the other way round; whichever asks the fewest to change groups.
+    best = None if w.ndim - n > 1 else (1, moved)
+    for first, second in ((ROW, COL), (COL, ROW)):
+        for cut in range(n + 1, w.ndim):
+            new = [BATCH] * n + [first] * (cut - n) + [second] * (w.ndim - cut)
+            cost = math.prod(
+                w.shape[i] for i, u, v in zip(permutation, moved, new) if u != v
+            )
+            if best is None or cost < best[0]:
+                best = cost, new
+    assert best is not None
+    _, new = best
+    target = list(old)
+    for i, group in zip(permutation, new):
+        target[i] = group
+    w_groups = [new[i] for i in range(w.ndim)]
+    factors = _change_groups(w, target, f"permutation {tuple(permutation)}")
+    swapped = w_groups != sorted(w_groups)
+    if swapped:
+        factors = factors[::-1]
+        w_groups = [{ROW: COL, COL: ROW}.get(group, BATCH) for group in w_groups]
+    axes = factor_axes(w_groups)
+    a, b = (
+        arrange(factor, labels, [i if i == "rank" else permutation[i] for i in order])
+        for (factor, labels), order in zip(factors, axes)
+    )
+    return _with_factors(w, a, b, w_groups)
+
+
+def _with_factors(w: LowRankArray, a, b, groups) -> LowRankArray:
+    """`w` with other factors, perhaps of a multiple of the rank, and the same scaling."""
+    rank = b.shape[-1]
+    alpha = w.alpha if rank == w.rank else w.alpha * (rank // w.rank)
+    rows, cols = groups.count(ROW), groups.count(COL)
+    return w.replace(a=a, b=b, rank=rank, alpha=alpha, rows=rows, cols=cols)
+
+
+def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
+    """The factors `a` and `b`, with labels, once each axis belongs to its target group.
+
+    A grouped convolution merges its groups with its inputs, a vmapped one its batch with
+    its outputs. An axis `x` leaves a factor by entering the rank,
+
+        Σ_r b[x, o, r] a[r, i] = Σ_{y,r} b[y, o, r] · δ[x, y] a[r, i],
+
+    with the pair (y, r) as the new rank: the factor that loses the axis has it in the
+    rank, and the other one, which had it or gains it, in a block diagonal.
+    """
+    a_labels, b_labels, _ = w.labels
+    factors = {COL: (w.a, a_labels), ROW: (w.b, b_labels)}
+    for axis, (old, new) in enumerate(zip(groups(w), target)):
+        if old != new:
+            other = ROW if new == COL else COL
+            factors[other] = _lose(*factors[other], axis)
+            factors[new] = _block_diagonal(*factors[new], axis, w.shape[axis])
+    (a, _), (b, _) = factors[COL], factors[ROW]
+    if list(target) != groups(w) and a.size + b.size >= w.size:
+        raise NotLazy(
+            f"{operation} mixes batch, row and column axes, and at the rank that this "
+            "takes the factors would be larger than the weight"
+        )
+    return factors[COL], factors[ROW]
+
+
+def _lose(factor, labels, axis: int):
+    """The factor with `axis` in its rank: `(axis, rank, …)` as `(axis · rank, …)`."""
+    rest = [i for i in labels if i not in (axis, "rank")]
+    factor = arrange(factor, labels, [axis, "rank", *rest])
+    return factor.reshape(-1, *factor.shape[2:]), ["rank", *rest]
+
+
+def _block_diagonal(factor, labels, axis: int, size: int):
+    """The factor with `axis` both in its rank and as an axis, zero where they differ."""
+    rest = [i for i in labels if i not in (axis, "rank")]
+    if axis in labels:
+        factor = jnp.expand_dims(arrange(factor, labels, [axis, "rank", *rest]), 1)
+    else:
+        factor = jnp.expand_dims(arrange(factor, labels, ["rank", *rest]), (0, 1))
+    eye = jnp.eye(size, dtype=factor.dtype)
+    factor = factor * jnp.expand_dims(eye, range(2, factor.ndim))
+    # (axis, axis, rank, …) -> (axis, axis · rank, …)
+    return factor.reshape(size, -1, *factor.shape[3:]), [axis, "rank", *rest]
 
 
 @linear(lax.reshape_p)
@@ -79,68 +149,22 @@ def reshape(w: LowRankArray, *, new_sizes, dimensions, sharding):
     shape, new_sizes = w.shape, tuple(new_sizes)
     if 0 in shape:
         raise NotLazy("the array is empty")
-    blocks, rank = list(_blocks(shape, new_sizes)), w.rank
-    for before, _ in blocks:
-        w = _unite(w, [i for i in before if shape[i] != 1])
-    if w.rank > rank and w.a.size + w.b.size >= w.size:
-        raise NotLazy(
-            f"reshaping {shape} to {new_sizes} merges rows with columns, and the factors "
-            f"of the result, at rank {w.rank}, would be larger than it"
-        )
-    old, new, group = groups(w), [], BATCH
+    blocks = list(_blocks(shape, new_sizes))
+    target, new, group = groups(w), [], BATCH
     for before, after in blocks:
-        wide = [old[i] for i in before if shape[i] != 1] or [old[i] for i in before]
-        group = max([group, *wide])  # A new axis of length 1 joins the last.
+        wide = [i for i in before if shape[i] != 1]
+        # A new axis of length 1 joins the last.
+        group = max([group, *(target[i] for i in wide or before)])
+        for i in wide:
+            target[i] = group
         new += [group] * len(after)
+    if target != groups(w):
+        operation = f"reshaping {shape} to {new_sizes}"
+        factors = _change_groups(w, target, operation)
+        axes = factor_axes(target)
+        a, b = (arrange(*f, order) for f, order in zip(factors, axes))
+        w = _with_factors(w, a, b, target)
     return _resize(w, new_sizes, new)
-
-
-def _unite(w: LowRankArray, axes: Sequence[int]) -> LowRankArray:
-    """`w` with these neighbouring axes in one group, for a higher rank if need be.
-
-    A grouped convolution merges its groups with its inputs, a vmapped one its batch with
-    its outputs. An axis `x` changes groups by entering the rank,
-
-        Σ_r b[x, o, r] a[r, i] = Σ_{y,r} b[y, o, r] · δ[x, y] a[r, i],
-
-    with the pair (y, r) as the new rank: one factor has lost the axis, to the rank, and
-    the other has it in a block diagonal.
-    """
-    kinds = [groups(w)[i] for i in axes]
-    for axis in reversed([i for i, kind in zip(axes, kinds) if kind != kinds[-1]]):
-        if groups(w)[axis] == BATCH:
-            w = _batch_to_row(w)
-        if kinds[-1] == COL:
-            w = _row_to_col(w)
-    return w
-
-
-def _batch_to_row(w: LowRankArray) -> LowRankArray:
-    n, x = w.n_batch, w.shape[w.n_batch - 1]
-    shape = w.b.shape
-    # a: (*batch, x, rank, *cols) -> (*batch, x rank, *cols)
-    a = w.a.reshape(*w.a.shape[: n - 1], x * w.rank, *w.a.shape[n + 1 :])
-    # b: (*batch, x, *rows, rank) -> (*batch, x, *rows, x rank)
-    eye = jnp.eye(x, dtype=w.b.dtype).reshape(x, *(1,) * w.rows, x, 1)
-    b = (jnp.expand_dims(w.b, -2) * eye).reshape(*shape[:-1], x * w.rank)
-    return _enlarged(w, a, b, x, rows=w.rows + 1)
-
-
-def _row_to_col(w: LowRankArray) -> LowRankArray:
-    n, x = w.n_batch, w.b.shape[-2]
-    # b: (*batch, *rows, x, rank) -> (*batch, *rows, x rank)
-    b = w.b.reshape(*w.b.shape[:-2], x * w.rank)
-    # a: (*batch, rank, *cols) -> (*batch, x rank, x, *cols)
-    eye = jnp.eye(x, dtype=w.a.dtype).reshape(x, 1, x, *(1,) * w.cols)
-    a = jnp.expand_dims(w.a, (n, n + 2)) * eye
-    a = a.reshape(*a.shape[:n], x * w.rank, x, *w.a.shape[n + 1 :])
-    return _enlarged(w, a, b, x, rows=w.rows - 1, cols=w.cols + 1)
-
-
-def _enlarged(w: LowRankArray, a, b, factor: int, **changes) -> LowRankArray:
-    """`w` with factors of a rank `factor` times as high, and the same scaling."""
-    rank, alpha = w.rank * factor, w.alpha * factor
-    return w.replace(a=a, b=b, rank=rank, alpha=alpha, **changes)
 
 
 def _resize(w: LowRankArray, sizes, groups):
@@ -201,6 +225,15 @@ def broadcast_in_dim(w: LowRankArray, *, shape, broadcast_dimensions, sharding):
     a_axes, b_axes = factor_axes(new)
     a, b = broadcast(w.a, a_labels, a_axes), broadcast(w.b, b_labels, b_axes)
     return w.replace(a=a, b=b, rows=new.count(ROW), cols=new.count(COL))
+
+
+def expand(w: LowRankArray, shape: Sequence[int]) -> LowRankArray:
+    """`w` with its axes of length 1 broadcast to those of `shape`, of equal number."""
+    if w.shape == tuple(shape):
+        return w
+    return broadcast_in_dim(
+        w, shape=shape, broadcast_dimensions=range(w.ndim), sharding=None
+    )
 
 
 @linear(lax.rev_p)
