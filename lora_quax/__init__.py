@@ -9,8 +9,8 @@ from ._array import (
 from ._full import FullArray as FullArray
 from ._loraify import loraify as loraify
 from ._merge import merge as merge, unload as unload
-from ._select import Adapt as Adapt
 from ._summary import summary as summary
+from ._targets import Adapt as Adapt
 from ._training import (
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,

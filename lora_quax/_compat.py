@@ -4,20 +4,22 @@ Each entry says which version changed what.
 """
 
 import jax
+from jax.sharding import PartitionSpec
 
 
 def shaped_array(shape, dtype, *like) -> jax.core.ShapedArray:
-    """An abstract value that varies over the manual mesh axes that one of `like` does.
+    """An abstract value, which varies over the manual mesh axes that one of `like` does.
 
-    `ShapedArray`'s arguments are undocumented, and the one for these axes was called
-    `vma` before JAX 0.10 and is `manual_axis_type` since; so it is copied, not made.
+    How `ShapedArray` is told of these axes is undocumented, and changed its name from
+    `vma` to `manual_axis_type` in JAX 0.10; so the type is derived from one that knows.
     """
-    aval = jax.core.ShapedArray(shape, dtype)
-    types = [jax.typeof(x).manual_axis_type for x in like if isinstance(x, jax.Array)]
-    varying = [t for t in types if t.varying]
+    types = [jax.typeof(x) for x in like if isinstance(x, jax.Array)]
+    varying = [t for t in types if t.manual_axis_type.varying]
     if not varying:
-        return aval
-    return aval.update(manual_axis_type=max(varying, key=lambda t: len(t.varying)))
+        return jax.core.ShapedArray(shape, dtype)
+    widest = max(varying, key=lambda t: len(t.manual_axis_type.varying))
+    sharding = widest.sharding.update(spec=PartitionSpec(*(None for _ in shape)))
+    return widest.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
 # In `jax.lax` under these names, but not listed in `jax.extend.core.primitives`, as of

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import quax
 import wadler_lindig as wl
+from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
 from ._array import aval_of, check_weight
@@ -41,7 +41,7 @@ class FullArray(quax.ArrayValue):
         """The trained array."""
         return self.value
 
-    def aval(self) -> jax.core.ShapedArray:
+    def aval(self) -> ShapedArray:
         return aval_of(self.value)
 
     def __pdoc__(self, **kwargs):

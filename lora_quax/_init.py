@@ -1,5 +1,6 @@
 """Initialisers for the factors: any function of `jax.nn.initializers` serves."""
 
+import functools as ft
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -19,6 +20,8 @@ zeros: Initialiser = jax.nn.initializers.zeros
 """All zeros: the default for `b`, so that a fresh adapter changes no output."""
 
 
+# One function object per value, so that a second call finds the first one compiled.
+@ft.cache
 def gaussian(stddev: float) -> Initialiser:
     """Normal with mean zero and standard deviation `stddev`.
 

@@ -25,11 +25,9 @@ from ._array import (
 )
 from ._full import FullArray
 from ._init import Initialiser
-from ._select import Adapt, is_value, Leaf, named, select, Targets
-
-
-# One function object per value, so that a second call finds the first one compiled.
-_gaussian = ft.cache(_init.gaussian)
+from ._paths import is_value, Leaf, named
+from ._select import select
+from ._targets import Adapt, Targets
 
 
 class _Plan(NamedTuple):
@@ -156,7 +154,7 @@ def loraify(
 def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt) -> _Plan:
     """The spec of a weight, completed: its own, then loraify's, then the layer's."""
     aval = aval_of(leaf.value)
-    rank = defaults.rank if spec.rank is None else spec.rank
+    rank = check_rank(defaults.rank if spec.rank is None else spec.rank)
     alpha = defaults.alpha if spec.alpha is None else spec.alpha
     dtype = spec.dtype if spec.dtype is not None else defaults.dtype
     if dtype is None:
@@ -169,7 +167,7 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt) -> _Plan:
         rank=rank,
         alpha=check_alpha(alpha, rank),
         init_a=_init_a(spec) or _init_a(defaults) or _layer_init_a(leaf),
-        init_b=spec.init_b or defaults.init_b,
+        init_b=spec.init_b or defaults.init_b or _init.zeros,
         dtype=jnp.dtype(dtype),
         rows=spec.rows or rows,
         cols=spec.cols or cols,
@@ -178,12 +176,12 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt) -> _Plan:
 
 
 def _init_a(spec: Adapt) -> Initialiser | None:
-    return _gaussian(spec.scale) if spec.scale is not None else spec.init_a
+    return _init.gaussian(spec.scale) if spec.scale is not None else spec.init_a
 
 
 def _layer_init_a(leaf: Leaf) -> Initialiser:
     is_embedding = leaf.layer and isinstance(leaf.layer[1], eqx.nn.Embedding)
-    return _gaussian(1.0) if is_embedding else _init.uniform
+    return _init.gaussian(1.0) if is_embedding else _init.uniform
 
 
 def _draw_all(plans: dict[str, _Plan], key) -> dict[str, LowRankArray]:

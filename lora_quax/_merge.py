@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import quax
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._array import FactoredArray, LoraArray
 from ._full import FullArray
-from ._select import dotted, is_adapted, named
+from ._paths import dotted, is_adapted, named
 
 
 def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) -> PyTree:
@@ -125,7 +126,7 @@ def _run(fun, x):
 def _run_donating(x: LoraArray, base):
     leaves = jax.tree.leaves(base)
     if not all(isinstance(y, jax.Array) for y in leaves) or any(
-        isinstance(y, jax.core.Tracer) for y in leaves
+        isinstance(y, Tracer) for y in leaves
     ):
         return _run(_dense, x.replace(base=base))
     if isinstance(base, quax.Value):

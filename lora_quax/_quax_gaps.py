@@ -130,16 +130,52 @@ def _(*args: Operand, jaxpr, prevent_cse, **params):
 _BRANCHES = "the branches return different kinds of array in this place"
 
 
-def _run_branch(args, jaxpr, keep):
-    return _plain_unless(keep, _call(jaxpr, args), lax.cond_p, _BRANCHES)
+def _common(slot: Sequence):
+    """What the branches of a `cond` can all return in one place.
+
+    `True`: what each returns, for they are alike. A type, as a structure and its leaves:
+    a `LoraArray` with its base stopped, for a plain array is one too, of update zero (in
+    a gradient it stands for a weight that one branch saves and the other does not). Or
+    `False`: a plain array.
+    """
+    if all(_alike(slot[0], x) for x in slot):
+        return True
+    common = next((x for x in slot if isinstance(x, LoraArray)), None)
+    if common is None or isinstance(common.base, quax.Value):
+        return False
+    common = common.replace(stop_gradient=False)
+    for x in slot:
+        if isinstance(x, LoraArray):
+            same = _alike(x.replace(stop_gradient=False), common)
+        else:
+            same = _alike(x, common.base)
+        if not same:
+            return False
+    leaves, treedef = jtu.tree_flatten(common)
+    return treedef, tuple(leaves)
+
+
+def _become(x, common):
+    """What one branch returns, as what they can all return."""
+    if isinstance(common, bool):
+        return x if common else _plain(x, lax.cond_p, _BRANCHES)
+    if isinstance(x, LoraArray):
+        return _stop(x)
+    like = jtu.tree_unflatten(*common)
+    zero = jtu.tree_map(lambda t: jnp.zeros(t.shape, t.dtype), like.delta)
+    return like.replace(base=x, delta=zero)
+
+
+def _run_branch(args, jaxpr, common):
+    return tuple(map(_become, _call(jaxpr, args), common))
 
 
 @quax.register(lax.cond_p, precedence=1)
 def _(index: ArrayLike, *args: Operand, branches, **params):
-    everything = (True,) * len(branches[0].out_avals)
-    outs = [_trace_on(_run_branch, (args,), j, everything)[1] for j in branches]
-    keep = tuple(all(_alike(slot[0], x) for x in slot) for slot in zip(*outs))
-    traced = [_trace_on(_run_branch, (args,), j, keep) for j in branches]
+    as_is = (True,) * len(branches[0].out_avals)
+    outs = [_trace_on(_run_branch, (args,), j, as_is)[1] for j in branches]
+    common = tuple(map(_common, zip(*outs)))
+    traced = [_trace_on(_run_branch, (args,), j, common) for j in branches]
     leaves = lax.cond_p.bind(
         index,
         *jtu.tree_leaves(args),

@@ -14,7 +14,7 @@ from rich.table import Table
 from ._array import aval_of, LoraArray, LowRankArray
 from ._full import FullArray
 from ._merge import refuse_missing
-from ._select import dotted, is_float
+from ._paths import dotted, is_float
 
 
 class Row(NamedTuple):
@@ -31,7 +31,9 @@ class Row(NamedTuple):
     @property
     def rank_in_excess(self) -> bool:
         """Whether the rank is above what the weight can use."""
-        return self.rank is not None and self.rank > self.max_rank
+        if self.rank is None or self.max_rank is None:
+            return False
+        return self.rank > self.max_rank
 
 
 class Summary(NamedTuple):
@@ -77,20 +79,25 @@ class Summary(NamedTuple):
         return table
 
     def __str__(self) -> str:
-        # Wide, so that no path is cut or folded.
-        console = Console(file=io.StringIO(), width=1000, color_system=None)
-        console.print(self)
-        lines = console.file.getvalue().splitlines()  # pyright: ignore
+        text = io.StringIO()
+        _console(text, color_system=None).print(self)
+        lines = text.getvalue().splitlines()
         return "\n".join(line.rstrip() for line in lines if line.strip())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        console = Console(file=io.StringIO(), width=1000, record=True)
+        console = _console(io.StringIO(), record=True)
         console.print(self)
         return console.export_html(
             inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>'
         )
+
+
+def _console(file: io.StringIO, **options) -> Console:
+    # Wide, so that no path is cut or folded. In a notebook rich would show the table
+    # there and then, and write nothing to the file.
+    return Console(file=file, width=1000, force_jupyter=False, **options)
 
 
 def _rank(row: Row) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,8 +19,9 @@ from lora_quax._array import LoraArray, LowRankArray
 from lora_quax._full import FullArray
 from lora_quax._loraify import loraify
 from lora_quax._merge import merge, unload
-from lora_quax._select import Adapt, dotted, is_adapted
+from lora_quax._paths import dotted, is_adapted
 from lora_quax._summary import summary
+from lora_quax._targets import Adapt
 
 
 normal = jax.nn.initializers.normal(0.5)
@@ -253,7 +255,9 @@ def test_wrapped_weights():
 
 def test_abstract_models():
     model = mlp()
-    options = dict(targets={eqx.nn.Linear: 3, "layers.2": "full"}, alpha=2)
+    options: dict[str, Any] = dict(
+        targets={eqx.nn.Linear: 3, "layers.2": "full"}, alpha=2
+    )
     lora = loraify(model, 2, jr.key(1), **options)
     shapes = eqx.filter_eval_shape(lambda: lora)
     # A model of shapes, with a key that is real or a shape; and inside the transform.

@@ -8,6 +8,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 import quax
+from jax.core import ShapedArray
 
 from lora_quax._array import LoraArray, LowRankArray
 from lora_quax._full import FullArray
@@ -131,7 +132,7 @@ class Int8(quax.ArrayValue):
     q: jax.Array
 
     def aval(self):
-        return jax.core.ShapedArray(self.q.shape, jnp.float32)
+        return ShapedArray(self.q.shape, jnp.float32)
 
     def materialise(self):
         return self.q.astype(jnp.float32) / 16

@@ -418,6 +418,10 @@ FACTORED = {
         x[0] > 0, lambda w: w, lambda w: 2 * w, w
     )
     @ x,
+    "cond, one branch dense": lambda w, x: lax.cond(
+        x[0] > 0, lambda w: w, lambda w: jnp.ones((3, 3)), w
+    )
+    @ x,
     "cond, closed over": lambda w, x: lax.cond(
         x[0] > 0, lambda: w @ x, lambda: x @ w
     ),
@@ -453,10 +457,6 @@ MATERIALISED = {
     "w * v[:, None]": lambda w, x: (w * x[:, None]) @ x,
     "normalised": lambda w, x: (w / jnp.linalg.norm(w)) @ x,
     "ravel": lambda w, x: w.ravel()[:3] * x,
-    "cond, one branch dense": lambda w, x: lax.cond(
-        x[0] > 0, lambda w: w, lambda w: jnp.ones((3, 3)), w
-    )
-    @ x,
     "scan, carry sums weights": lambda w, x: lax.scan(
         lambda c, s: (c + w, c @ x), w, x
     )[1],
@@ -471,7 +471,13 @@ ONLY_FORWARD = {"while_loop": _while, "while_loop, weight": _while_with_weight}
 # What JAX does to the program, inside `quaxify`, is then not linear in the weight: `vmap`
 # of a `cond` selects element by element; the gradient of a scale is `sum(w * cotangent)`.
 DENSE = {
-    "Q(vmap f)": {"cond", "cond, weight out", "cond, closed over", "switch"},
+    "Q(vmap f)": {
+        "cond",
+        "cond, weight out",
+        "cond, one branch dense",
+        "cond, closed over",
+        "switch",
+    },
     "Q(grad f)": {"scan, weights out", "scan, carry times input"},
 }
 

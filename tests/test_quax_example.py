@@ -1,6 +1,7 @@
 """Code written for `quax.examples.lora` runs after a change of import."""
 
 import inspect
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,14 +11,7 @@ import pytest
 import quax
 import quax.examples.lora as theirs
 
-from lora_quax import _array, _loraify
-
-
-class lora:
-    """What `import lora_quax as lora` gives."""
-
-    LoraArray = _array.LoraArray
-    loraify = staticmethod(_loraify.loraify)
+import lora_quax as lora
 
 
 def test_readme():
@@ -75,7 +69,7 @@ def test_arguments(ours, theirs):
 @pytest.mark.parametrize("through", ["LoraArray", "loraify"])
 def test_options(through, allow_materialise, stop_gradient):
     linear = eqx.nn.Linear(64, 32, key=jr.key(0))
-    options = dict(
+    options: dict[str, Any] = dict(
         rank=4,
         scale=0.1,
         allow_materialise=allow_materialise,
@@ -88,7 +82,7 @@ def test_options(through, allow_materialise, stop_gradient):
         weight = lora.LoraArray(linear.weight, **options)
         model = eqx.tree_at(lambda m: m.weight, linear, weight)
     weight = model.weight
-    assert isinstance(weight, quax.ArrayValue)
+    assert isinstance(weight, lora.LoraArray)
     assert 0.08 < jnp.std(weight.a) < 0.12 and jnp.all(weight.b == 0)
 
     grads = eqx.filter_grad(lambda m: quax.quaxify(m)(jnp.ones(64)).sum())(model)

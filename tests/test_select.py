@@ -9,10 +9,14 @@ import jax.random as jr
 import paramax
 import pytest
 import quax
+from jax.core import ShapedArray
+from jaxtyping import PyTree
 
 from lora_quax._array import LoraArray
 from lora_quax._full import FullArray
-from lora_quax._select import Adapt, read_targets, select, walk
+from lora_quax._paths import walk
+from lora_quax._select import select
+from lora_quax._targets import Adapt, read_targets
 
 
 class Attention(eqx.Module):
@@ -63,7 +67,7 @@ LSTM = {"cells.lstm.weight_ih", "cells.lstm.weight_hh"}
 Q = {path for path in QV if "q_proj" in path}
 
 
-def chosen(targets, model=MODEL):
+def chosen(targets, model: PyTree = MODEL):
     """The specs of what trains, by path."""
     return {
         leaf.path: choice.spec
@@ -189,7 +193,7 @@ class Int8(quax.ArrayValue):
     q: jax.Array
 
     def aval(self):
-        return jax.core.ShapedArray(self.q.shape, jnp.float32)
+        return ShapedArray(self.q.shape, jnp.float32)
 
     def materialise(self):
         return self.q.astype(jnp.float32)

@@ -8,8 +8,8 @@ import pytest
 
 from lora_quax._array import LoraArray, LowRankArray
 from lora_quax._loraify import loraify
-from lora_quax._select import Adapt
 from lora_quax._summary import summary
+from lora_quax._targets import Adapt
 from lora_quax._training import partition
 
 
@@ -72,6 +72,15 @@ def test_html():
     _, lora = build()
     html = summary(lora)._repr_html_()
     assert html.startswith("<pre") and "layers.2.weight" in html
+
+
+def test_nothing_is_shown_before_its_time(monkeypatch, capsys):
+    """In a notebook, where rich shows whatever is printed."""
+    _, lora = build()
+    want = str(summary(lora)), summary(lora)._repr_html_()
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert (str(summary(lora)), summary(lora)._repr_html_()) == want
+    assert capsys.readouterr() == ("", "")
 
 
 def test_long_paths_are_whole():

@@ -1,0 +1,359 @@
+"""Programs that do not fit the tables: state, meshes, compilation, memory, diffrax."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+import quax
+from helpers import (
+    assert_close,
+    check,
+    densify,
+    equations,
+    lora,
+    normal,
+    value_and_grads,
+)
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from lora_quax import filter_value_and_grad, loraify, merge, partition
+
+
+@pytest.fixture(autouse=True)
+def _x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def x(*shape, seed=7):
+    return jr.normal(jr.key(seed), shape)
+
+
+def adapted(model, rank=2, **kwargs):
+    return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
+
+
+# Layers with state.
+
+
+class _Normalised(eqx.Module):
+    conv: eqx.nn.Conv2d
+    norm: eqx.nn.BatchNorm
+    linear: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.conv = eqx.nn.Conv2d(2, 4, 3, key=key)
+        self.norm = eqx.nn.BatchNorm(4, axis_name="batch", mode="batch")
+        self.linear = eqx.nn.Linear(4, 3, key=key)
+
+    def __call__(self, x, state):
+        x, state = self.norm(self.conv(x), state)
+        return self.linear(jax.nn.relu(x).mean((1, 2))), state
+
+
+class _Spectral(eqx.Module):
+    layer: eqx.nn.SpectralNorm
+
+    def __init__(self, key):
+        linear = eqx.nn.Linear(3, 4, key=key)
+        self.layer = eqx.nn.SpectralNorm(linear, "weight", key=key)
+
+    def __call__(self, x, state):
+        return self.layer(x, state)
+
+
+@pytest.mark.parametrize("nesting", ["Q(vmap f)", "vmap(Q f)"])
+@pytest.mark.parametrize("make", [_Normalised, _Spectral])
+def test_layers_with_state(make, nesting):
+    model, state = eqx.nn.make_with_state(make)(jr.key(0))
+    model = adapted(model, allow_materialise=make is _Spectral)
+    call = lambda model, x, state: model(x, state)
+    axes = dict(axis_name="batch", in_axes=(None, 0, None), out_axes=(0, None))
+    if nesting == "Q(vmap f)":
+        ours = quax.quaxify(eqx.filter_vmap(call, **axes))
+    else:
+        ours = eqx.filter_vmap(quax.quaxify(call), **axes)
+    args = (model, x(5, 2, 6, 6) if make is _Normalised else x(5, 3), state)
+    check(ours, eqx.filter_vmap(call, **axes), args)
+
+
+# Meshes.
+
+
+def _mesh(kind):
+    return jax.make_mesh((2,), ("i",), axis_types=(kind,))
+
+
+SPECS = {
+    "data": (P(), P("i"), P("i"), False),
+    "rows": (P("i", None), P(), P(None, "i"), False),
+    "columns": (P(None, "i"), P(None, "i"), P(), True),
+}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("spec", SPECS)
+def test_shard_map(spec, inside):
+    w_spec, x_spec, out_spec, summed = SPECS[spec]
+
+    def local(w, x):
+        y = x @ w.T
+        return jnp.tanh(lax.psum(y, "i") if summed else y)
+
+    specs = dict(in_specs=(w_spec, x_spec), out_specs=out_spec)
+    mapped = jax.shard_map(local, mesh=_mesh(AxisType.Auto), **specs)
+    args = (lora((4, 6)), x(8, 6))
+    check(quax.quaxify(mapped), mapped, args)
+    if inside and spec == "data":
+        # quaxify inside: the weight crosses into the map as its leaves.
+        inner = jax.shard_map(
+            quax.quaxify(local), mesh=_mesh(AxisType.Auto), **specs
+        )
+        check(inner, mapped, args)
+
+
+@pytest.mark.parametrize("spec", [P("i", None), P(None, "i"), P(None, None)])
+def test_sharding_constraint(spec):
+    sharding = NamedSharding(_mesh(AxisType.Auto), spec)
+    f = lambda w, x: lax.with_sharding_constraint(w, sharding) @ x
+    check(quax.quaxify(f), f, (lora((4, 6)), x(6)))
+
+
+# Compilation.
+
+
+def _count(f):
+    """`f`, and a list that grows whenever it is traced."""
+    traces = []
+
+    def counted(*args):
+        traces.append(None)
+        return f(*args)
+
+    return counted, traces
+
+
+_step = lambda w, x: jnp.tanh(w @ x)
+COMPILED = {
+    "jit(Q f)": lambda f: jax.jit(quax.quaxify(f)),
+    "Q(jit f)": lambda f: quax.quaxify(jax.jit(f)),
+    "jit(vmap(Q f))": lambda f: jax.jit(jax.vmap(quax.quaxify(f), (None, 1))),
+    "jit(Q(vmap f))": lambda f: jax.jit(quax.quaxify(jax.vmap(f, (None, 1)))),
+    "jit(grad(Q f))": lambda f: jax.jit(
+        jax.grad(lambda w, x: quax.quaxify(f)(w, x).sum())
+    ),
+}
+
+
+@pytest.mark.parametrize("nesting", COMPILED)
+def test_new_values_trace_nothing(nesting):
+    counted, traces = _count(_step)
+    run = COMPILED[nesting](counted)
+    run(lora((3, 3)), x(3, 3))
+    first = len(traces)
+    run(lora((3, 3), seed=3), x(3, 3, seed=4))
+    assert len(traces) == first > 0
+
+
+@pytest.mark.parametrize("loop", ["scan", "while", "cond", "checkpoint"])
+def test_eager_control_flow_is_compiled_once(loop):
+    def f(w, x):
+        if loop == "scan":
+            return lax.scan(_scan_body, (w, x), None, length=3)[0][1]
+        if loop == "while":
+            return lax.while_loop(_while_condition, _while_body, (0, w, x))[2]
+        if loop == "cond":
+            return lax.cond(x[0] > 0, _step, _other_step, w, x)
+        return _checkpointed(w, x)
+
+    run = quax.quaxify(f)
+    expected = f(densify(lora((3, 3))), x(3))
+    assert_close(run(lora((3, 3)), x(3)), expected)
+    with jax.log_compiles(), _no_compilation():
+        run(lora((3, 3), seed=3), x(3, seed=4))
+
+
+def test_adapters_of_another_rank_through_the_same_loop():
+    run = quax.quaxify(lambda w, x: lax.scan(_scan_body, (w, x), None, length=3)[0][1])
+    loop = quax.quaxify(
+        lambda w, x: lax.while_loop(_while_condition, _while_body, (0, w, x))[2]
+    )
+    for rank in (2, 3, 1):
+        for dtype in (jnp.float64, jnp.float32):
+            w = lora((3, 3), rank=rank)
+            w = w.replace(delta=jax.tree.map(lambda x: x.astype(dtype), w.delta))
+            for f in (run, loop):
+                assert_close(f(w, x(3)), f(densify(w), x(3)), rtol=1e-5, atol=1e-5)
+
+
+def _scan_body(carry, _):
+    w, x = carry
+    return (w, jnp.tanh(w @ x)), None
+
+
+def _while_condition(carry):
+    return carry[0] < 3
+
+
+def _while_body(carry):
+    n, w, x = carry
+    return n + 1, w, jnp.tanh(w @ x)
+
+
+def _other_step(w, x):
+    return jnp.sin(w @ x)
+
+
+_checkpointed = jax.checkpoint(_step)
+
+
+class _no_compilation:
+    def __enter__(self):
+        self.before = _compilations()
+
+    def __exit__(self, *_):
+        assert _compilations() == self.before
+
+
+_events: list = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, *_, **__: _events.append(name) if "backend_compile" in name else None
+)
+
+
+def _compilations() -> int:
+    return len(_events)
+
+
+def test_a_hundred_billion_parameters_abstractly():
+    def make(key):
+        layer = lambda key: eqx.nn.MLP(12288, 12288, 49152, 1, key=key)
+        return eqx.filter_vmap(layer)(jr.split(key, 96))
+
+    model = eqx.filter_eval_shape(make, jr.key(0))
+    model = loraify(model, 8, jr.key(1))
+    assert sum(x.size for x in jax.tree.leaves(eqx.filter(model, _is_struct))) > 1e11
+
+    def run(model, x):
+        dynamic, static = eqx.partition(model, eqx.is_array)
+        step = lambda x, layer: (eqx.combine(layer, static)(x), None)
+        return lax.scan(step, x, dynamic)[0]
+
+    out = eqx.filter_eval_shape(quax.quaxify(run), model, jnp.zeros(12288))
+    assert out.shape == (12288,)
+
+
+def _is_struct(x):
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def test_donation():
+    model = adapted(eqx.nn.MLP(3, 3, 8, 2, key=jr.key(0)))
+    params, frozen = partition(model)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def step(frozen, params):
+        loss = lambda p: quax.quaxify(_call)(eqx.combine(p, frozen), jnp.ones(3)).sum()
+        return eqx.apply_updates(params, eqx.filter_grad(loss)(params))
+
+    new = step(frozen, params)
+    assert all(x.is_deleted() for x in jax.tree.leaves(params))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(frozen) if eqx.is_array(x))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(new))
+
+
+def _call(model, x):
+    return model(x)
+
+
+def test_debug_print(capfd):
+    f = lambda w, x: jax.debug.print("y = {y}", y=(w @ x).sum())
+    jax.jit(quax.quaxify(f))(lora((3, 3)), x(3))
+    jax.effects_barrier()
+    assert "y = " in capfd.readouterr().out
+
+
+def test_checkpoint_saves_what_hand_written_saves():
+    """The backward pass recomputes the products of the factors, and keeps them factored."""
+    w, u = lora((64, 64)), x(32, 64)
+    f = lambda w, x: jnp.tanh(jnp.tanh(x @ w.T) @ w.T)
+    loss = lambda wrap: lambda w, x: (quax.quaxify(wrap(f))(w, x) ** 2).sum()
+
+    def residuals(wrap):
+        params, frozen = partition(w)
+        g = lambda p: loss(wrap)(eqx.combine(p, frozen), u)
+        return sum(x.size for x in jax.tree.leaves(jax.vjp(g, params)[1]))
+
+    assert residuals(jax.checkpoint) < residuals(lambda f: f)
+    assert_close(
+        value_and_grads(loss(jax.checkpoint), (w, u)),
+        value_and_grads(loss(lambda f: f), (w, u)),
+    )
+
+
+# Other libraries.
+
+
+@pytest.mark.parametrize(
+    "adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.DirectAdjoint()]
+)
+def test_diffrax(adjoint):
+    mlp = adapted(eqx.nn.MLP(2, 2, 8, 1, jnp.tanh, key=jr.key(0)))
+
+    def solve(wrap, mlp, y0):
+        field = wrap(lambda t, y, mlp: mlp(y))
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(field),
+            diffrax.Heun(),
+            t0=0.0,
+            t1=1.0,
+            dt0=0.1,
+            y0=y0,
+            args=mlp,
+            adjoint=adjoint,
+        ).ys
+
+    ours = lambda mlp, y0: solve(quax.quaxify, mlp, y0)
+    check(ours, lambda mlp, y0: solve(lambda f: f, mlp, y0), (mlp, x(2)))
+    # The weights stay factored inside the solver.
+    params, static = eqx.partition(mlp, eqx.is_array)
+    run = lambda params, y0: ours(eqx.combine(params, static), y0)
+    names = [str(e.primitive) for e in equations(jax.make_jaxpr(run)(params, x(2)))]
+    assert names.count("thin_dot_general") >= 4
+
+
+def test_a_training_loop_of_optax():
+    model = adapted(eqx.nn.MLP(3, 1, 16, 1, key=jr.key(0)))
+    inputs = x(32, 3)
+    targets = jnp.sin(inputs.sum(1, keepdims=True))
+    optim = optax.adam(1e-2)
+    opt_state = optim.init(partition(model)[0])
+
+    @filter_value_and_grad
+    def loss(model, inputs, targets):
+        out = jax.vmap(quax.quaxify(model))(inputs)
+        return jnp.mean((out - targets) ** 2)
+
+    @eqx.filter_jit
+    def step(model, opt_state):
+        value, grads = loss(model, inputs, targets)
+        updates, opt_state = optim.update(grads, opt_state)
+        return eqx.apply_updates(model, updates), opt_state, value
+
+    first = model
+    values = []
+    for _ in range(50):
+        model, opt_state, value = step(model, opt_state)
+        values.append(float(value))
+    assert values[-1] < 0.5 * values[0]
+    for old, new in zip(first.layers, model.layers):
+        np.testing.assert_array_equal(old.weight.base, new.weight.base)
+    merged = merge(model)
+    assert_close(
+        jax.vmap(merged)(inputs), jax.vmap(quax.quaxify(model))(inputs), atol=1e-6
+    )
+    assert not eqx.tree_equal(merged, merge(first))
