@@ -1,11 +1,11 @@
 """The arrays: a low-rank update, and the sum of a frozen weight and an update.
 
-Almost everything a program does to a weight is linear in it, and a linear operation goes
-through a sum. So there are two types, each with one job:
+Almost everything a program does to a weight is linear in it, and a linear operation
+goes through a sum. So there are two types, each with one job:
 
 - `LowRankArray` is the algebra of `scaling · b · a` and knows of no base.
-- `LoraArray` is the sum of a base and such an update, with the policy: stop the gradient
-  at the base, and refuse or allow the dense weight.
+- `LoraArray` is the sum of a base and such an update, with the policy: stop the
+  gradient at the base, and refuse or allow the dense weight.
 
 What each primitive does to them stands in `_rules`.
 """
@@ -20,6 +20,7 @@ import jax.random as jr
 import quax
 import wadler_lindig as wl
 from jax import lax
+from jax.core import ShapedArray
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _init
@@ -45,8 +46,8 @@ class FactoredArray(quax.ArrayValue):
     def materialise(self) -> Array:
         """The dense array, in the dtype of the base.
 
-        **Raises:** `MaterialiseError` if `allow_materialise` is false. To fold an update
-        into its weight on purpose, use `lora_quax.merge`.
+        **Raises:** `MaterialiseError` if `allow_materialise` is false. To fold an
+        update into its weight on purpose, use `lora_quax.merge`.
         """
         if not self.allow_materialise:
             raise refusal("materialise", [self], "`materialise` was called")
@@ -111,7 +112,7 @@ class LowRankArray(FactoredArray):
 
     Its shape is `(*batch, *rows, *cols)`. How many axes are rows and how many are
     columns is static and counted from the end, so that a leading axis added by
-    `eqx.filter_vmap`, or removed by `jax.lax.scan`, is a batch axis and changes nothing.
+    `eqx.filter_vmap`, or removed by `jax.lax.scan`, is a batch axis: nothing changes.
 
     It stands alone as the weight of a layer, or is the update inside a `LoraArray`.
     Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685.
@@ -232,7 +233,7 @@ class LowRankArray(FactoredArray):
         )
         return [*batch, "rank", *cols], [*batch, *rows, "rank"], list(range(ndim))
 
-    def aval(self) -> jax.core.ShapedArray:
+    def aval(self) -> ShapedArray:
         n = self.n_batch
         shape = self.b.shape[:-1] + self.a.shape[n + 1 :]
         dtype = jnp.promote_types(self.a.dtype, self.b.dtype)
@@ -362,7 +363,7 @@ class LoraArray(FactoredArray):
         """`alpha / rank`."""
         return self.delta.scaling
 
-    def aval(self) -> jax.core.ShapedArray:
+    def aval(self) -> ShapedArray:
         return aval_of(self.base)
 
     def frozen_base(self) -> Any:
@@ -402,17 +403,17 @@ def add(base, delta):
     return quax.quaxify(lax.convert_element_type)(total, dtype)
 
 
-def aval_of(x) -> jax.core.ShapedArray:
+def aval_of(x) -> ShapedArray:
     """The type of an array, of a value, or of the abstract stand-in for an array."""
     if isinstance(x, quax.ArrayValue):
         return x.aval()
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.core.ShapedArray(x.shape, x.dtype)
+        return ShapedArray(x.shape, x.dtype)
     return jax.typeof(x)
 
 
 def _summary(x: LowRankArray | LoraArray, indent: int = 2, **kwargs):
-    """A line with what matters, for an array whose leaves may have been filtered out."""
+    """A line with what matters, for an array whose leaves may be filtered out."""
     del kwargs
     docs = [wl.TextDoc(f"rank={x.rank}"), wl.TextDoc(f"alpha={x.alpha:g}")]
     if all(hasattr(leaf, "dtype") for leaf in (x.a, x.b, getattr(x, "base", x.a))):
@@ -448,7 +449,7 @@ def check_key(key) -> None:
         raise TypeError(f"`key` must be one key from `jax.random.key`, got {key!r}.")
 
 
-def check_weight(weight):
+def check_weight(weight) -> Any:
     """An array or value of floating-point numbers."""
     if not isinstance(weight, quax.ArrayValue):
         if not eqx.is_array_like(weight):

@@ -246,9 +246,9 @@ def contract(
 ):
     """The product of two arrays, or `quax.Value`s, whose axes are named.
 
-    A label that both operands have is contracted, or is a batch axis if it is in `keep`;
-    every other label is a free axis. Returns the product with its labels, which stand in
-    `dot_general`'s own order: batch, free of `u`, free of `v`.
+    A label that both operands have is contracted, or is a batch axis if it is in
+    `keep`; every other label is a free axis. Returns the product with its labels, which
+    stand in `dot_general`'s own order: batch, free of `u`, free of `v`.
     """
     shared = [label for label in u_labels if label in v_labels]
     batch = [label for label in shared if label in keep]

@@ -51,8 +51,8 @@ for _primitive in (jit_p, remat_p, lax.cond_p, lax.scan_p, lax.while_p):
 #
 # Quax has no rule for `remat_p`, so a checkpointed function sees the dense weight. Its
 # caches of traced bodies look at the structure of the operands but not at the shapes of
-# the leaves, so a second adapter of another rank meets the first one's body. It wants the
-# branches of a `cond`, and a carry before and after, to have one structure, which
+# the leaves, so a second adapter of another rank meets the first one's body. It wants
+# the branches of a `cond`, and a carry before and after, to have one structure, which
 # `x + w` on one side changes. And a scan slices leaves, not arrays.
 
 
@@ -76,7 +76,7 @@ def _trace_on(run: Callable, operands, *static):
     return _trace(run, treedef, tuple(map(_type, leaves)), *static)
 
 
-def _type(x):
+def _type(x) -> Any:
     return x if isinstance(x, core.AbstractValue) else jax.typeof(x)
 
 
@@ -133,10 +133,10 @@ _BRANCHES = "the branches return different kinds of array in this place"
 def _common(slot: Sequence):
     """What the branches of a `cond` can all return in one place.
 
-    `True`: what each returns, for they are alike. A type, as a structure and its leaves:
-    a `LoraArray` with its base stopped, for a plain array is one too, of update zero (in
-    a gradient it stands for a weight that one branch saves and the other does not). Or
-    `False`: a plain array.
+    `True`: what each returns, for they are alike. A type, as a structure and its
+    leaves: a `LoraArray` with its base stopped, for a plain array is one too, of update
+    zero (in a gradient it stands for a weight that one branch saves and the other does
+    not). Or `False`: a plain array.
     """
     if all(_alike(slot[0], x) for x in slot):
         return True
@@ -200,8 +200,10 @@ def _settle(step: Callable, carry: Sequence, primitive) -> tuple[list, tuple]:
         new = []
         for c, o in zip(carry, out):
             if isinstance(c, quax.Value) and not _alike(c, o):
-                stopped = isinstance(c, LoraArray) and _alike(_stop(c), o)
-                c = _stop(c) if stopped else _plain(c, primitive, _CARRY)
+                if isinstance(c, LoraArray) and _alike(_stop(c), o):
+                    c = _stop(c)
+                else:
+                    c = _plain(c, primitive, _CARRY)
             new.append(c)
         if all(c is n for c, n in zip(carry, new)):
             return list(carry), keep
@@ -223,7 +225,8 @@ def _run_condition(consts, carry, jaxpr):
 @quax.register(lax.while_p, precedence=1)
 def _(*args: Operand, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     n = cond_nconsts + body_nconsts
-    cond_consts, body_consts, carry = args[:cond_nconsts], args[cond_nconsts:n], args[n:]
+    cond_consts, body_consts = args[:cond_nconsts], args[cond_nconsts:n]
+    carry = args[n:]
 
     def step(carry, keep):
         _, out = _trace_on(_run_step, (body_consts, list(carry)), body_jaxpr, keep)
@@ -245,8 +248,8 @@ def _(*args: Operand, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
 def _sliced(x):
     """For each leaf of an array that is scanned over, whether the scan slices it.
 
-    The leaves of a stacked weight all have the stacking axis in front. If the first axis
-    is one of rows, the factor `a` does not have it, and every step shares `a`.
+    The leaves of a stacked weight all have the stacking axis in front. If the first
+    axis is one of rows, the factor `a` does not have it, and every step shares `a`.
     """
     if isinstance(x, LoraArray):
         return x.replace(base=_sliced(x.base), delta=_sliced(x.delta))
@@ -326,9 +329,9 @@ def _array(value):
     return x if eqx.is_array(x) else jnp.asarray(x, jax.typeof(x).dtype)
 
 
-# Functions with `custom_jvp` of a weight are silently wrong: Quax rebuilds the tangent as
-# another `LoraArray`, of factors `da` and `db`, which then stands for the base's tangent
-# plus `db · da`, not for `db · a + b · da`. They are given the dense weight.
+# Functions with `custom_jvp` of a weight are silently wrong: Quax rebuilds the tangent
+# as another `LoraArray`, of factors `da` and `db`, which then stands for the base's
+# tangent plus `db · da`, not for `db · a + b · da`. They are given the dense weight.
 
 _quax_custom_jvp = _QuaxTrace.process_custom_jvp_call
 
@@ -342,8 +345,8 @@ def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zer
     )
 
 
-# Functions with `custom_vjp`, even of activations alone, raise NotImplementedError. They
-# are bound on the trace below. Inside, Quax's trace is set up again, since such a
+# Functions with `custom_vjp`, even of activations alone, raise NotImplementedError.
+# They are bound on the trace below. Inside, Quax's trace is set up again, since such a
 # function may close over its tracers.
 
 
@@ -375,8 +378,8 @@ def _process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, **param
     return [_QuaxTracer(self, _dense(x)) for x in outs]
 
 
-# `shard_map` raises AttributeError. An array stays factored: each of its leaves is given
-# the partition spec of the axes that it holds.
+# `shard_map` raises AttributeError. An array stays factored: each of its leaves is
+# given the partition spec of the axes that it holds.
 
 
 def _leaf_specs(value, spec):
@@ -428,4 +431,4 @@ _QuaxTrace.process_custom_jvp_call = _process_custom_jvp_call
 if _QuaxTrace.process_custom_vjp_call is core.Trace.process_custom_vjp_call:
     _QuaxTrace.process_custom_vjp_call = _process_custom_vjp_call
 if not hasattr(_QuaxTrace, "process_shard_map"):
-    _QuaxTrace.process_shard_map = _process_shard_map
+    setattr(_QuaxTrace, "process_shard_map", _process_shard_map)

@@ -13,6 +13,7 @@ import numpy as np
 import quax
 from jax import lax
 from jaxtyping import Array
+
 from lora_quax import LoraArray, LowRankArray
 
 
@@ -259,20 +260,26 @@ def formed(program: Callable, args) -> list[str]:
     weight = args[0]
     marks = jtu.tree_map(lambda _: frozenset("x"), list(args))
     delta = lambda t: getattr(t[0], "delta", t[0])
-    marks = eqx.tree_at(lambda t: (delta(t).a, delta(t).b), marks, (
-        frozenset("a"), frozenset("b")), is_leaf=lambda x: isinstance(x, frozenset))
+    marks = eqx.tree_at(
+        lambda t: (delta(t).a, delta(t).b),
+        marks,
+        (frozenset("a"), frozenset("b")),
+        is_leaf=lambda x: isinstance(x, frozenset),
+    )
     if isinstance(weight, LoraArray):
         base = jtu.tree_map(lambda _: frozenset(), weight.base)
-        marks = eqx.tree_at(lambda t: t[0].base, marks, base,
-                            is_leaf=lambda x: isinstance(x, frozenset))
+        marks = eqx.tree_at(
+            lambda t: t[0].base, marks, base, is_leaf=lambda x: isinstance(x, frozenset)
+        )
     marks = jtu.tree_leaves(marks, is_leaf=lambda x: isinstance(x, frozenset))
     found: list[str] = []
 
     def run(jaxpr, marks):
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         env: dict[Any, frozenset] = {}
-        read = lambda v: frozenset() if isinstance(v, jexc.Literal) else env.get(
-            v, frozenset())
+        read = lambda v: (
+            frozenset() if isinstance(v, jexc.Literal) else env.get(v, frozenset())
+        )
         env.update(zip(jaxpr.invars, marks))
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]

@@ -1,5 +1,7 @@
 """Programs that do not fit the tables: state, meshes, compilation, memory, diffrax."""
 
+from typing import Any
+
 import diffrax
 import equinox as eqx
 import jax
@@ -20,6 +22,7 @@ from helpers import (
 )
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
 from lora_quax import filter_value_and_grad, loraify, merge, partition
 
 
@@ -72,7 +75,9 @@ def test_layers_with_state(make, nesting):
     model, state = eqx.nn.make_with_state(make)(jr.key(0))
     model = adapted(model, allow_materialise=make is _Spectral)
     call = lambda model, x, state: model(x, state)
-    axes = dict(axis_name="batch", in_axes=(None, 0, None), out_axes=(0, None))
+    axes: dict[str, Any] = dict(
+        axis_name="batch", in_axes=(None, 0, None), out_axes=(0, None)
+    )
     if nesting == "Q(vmap f)":
         ours = quax.quaxify(eqx.filter_vmap(call, **axes))
     else:
@@ -104,15 +109,13 @@ def test_shard_map(spec, inside):
         y = x @ w.T
         return jnp.tanh(lax.psum(y, "i") if summed else y)
 
-    specs = dict(in_specs=(w_spec, x_spec), out_specs=out_spec)
+    specs: dict[str, Any] = dict(in_specs=(w_spec, x_spec), out_specs=out_spec)
     mapped = jax.shard_map(local, mesh=_mesh(AxisType.Auto), **specs)
     args = (lora((4, 6)), x(8, 6))
     check(quax.quaxify(mapped), mapped, args)
     if inside and spec == "data":
         # quaxify inside: the weight crosses into the map as its leaves.
-        inner = jax.shard_map(
-            quax.quaxify(local), mesh=_mesh(AxisType.Auto), **specs
-        )
+        inner = jax.shard_map(quax.quaxify(local), mesh=_mesh(AxisType.Auto), **specs)
         check(inner, mapped, args)
 
 
@@ -220,9 +223,15 @@ class _no_compilation:
 
 
 _events: list = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, *_, **__: _events.append(name) if "backend_compile" in name else None
-)
+
+
+def _listen(event: str, duration_secs: float, **_):
+    del duration_secs
+    if "backend_compile" in event:
+        _events.append(event)
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
 
 
 def _compilations() -> int:
@@ -278,7 +287,7 @@ def test_debug_print(capfd):
 
 
 def test_checkpoint_saves_what_hand_written_saves():
-    """The backward pass recomputes the products of the factors, and keeps them factored."""
+    """The backward pass recomputes the products of the factors, still factored."""
     w, u = lora((64, 64)), x(32, 64)
     f = lambda w, x: jnp.tanh(jnp.tanh(x @ w.T) @ w.T)
     loss = lambda wrap: lambda w, x: (quax.quaxify(wrap(f))(w, x) ** 2).sum()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_close, equations
 from jax import lax
+
 from lora_quax._product import contract, thin_dot_general
 
 
@@ -52,7 +53,9 @@ TRANSFORMS = {
     "jacfwd of jacrev": lambda f: jax.jacfwd(jax.jacrev(f, 1), 0),
     "linearize": lambda f: lambda u, v: jax.linearize(f, u, v)[1](v.sum() * u, v),
     "checkpoint": lambda f: jax.grad(_cubes(jax.checkpoint(f)), (0, 1)),
-    "scan": lambda f: lambda u, v: lax.scan(lambda c, _: (0.5 * c, f(c, v)), u, None, 3),
+    "scan": lambda f: (
+        lambda u, v: lax.scan(lambda c, _: (0.5 * c, f(c, v)), u, None, 3)
+    ),
 }
 
 
@@ -116,7 +119,11 @@ def test_contract_by_labels():
     out, labels = contract(u, "bij", v, "jbk", keep="bik")
     assert labels == ["b", "i", "k"]
     assert_close(out, jnp.einsum("bij,jbk->bik", u, v))
-    assert {str(e.primitive) for e in equations(jax.make_jaxpr(
-        lambda u, v: contract(u, "bij", v, "jbk", keep="bik")[0])(u, v))} == {
-        "thin_dot_general"
-    }
+    assert {
+        str(e.primitive)
+        for e in equations(
+            jax.make_jaxpr(lambda u, v: contract(u, "bij", v, "jbk", keep="bik")[0])(
+                u, v
+            )
+        )
+    } == {"thin_dot_general"}

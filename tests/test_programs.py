@@ -1,7 +1,8 @@
 """Whole programs that never heard of LoRA, against the same programs on merged weights.
 
-Layers of Equinox, control flow, functions with derivatives of their own, and meshes; each
-in every nesting of `quaxify`, `vmap`, `grad`, `jit` and `checkpoint` that makes sense.
+Layers of Equinox, control flow, functions with derivatives of their own, and meshes;
+each in every nesting of `quaxify`, `vmap`, `grad`, `jit` and `checkpoint` that makes
+sense.
 """
 
 import equinox as eqx
@@ -19,10 +20,9 @@ from helpers import (
     normal,
     scalar,
     TRANSFORMS,
-    value_and_grads,
 )
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+
 from lora_quax import loraify, MaterialiseError
 
 
@@ -287,7 +287,7 @@ NESTINGS = [t for t in TRANSFORMS if "weights" not in t]
 def test_layers(layer, nesting):
     make, shape, options, call = LAYERS[layer]
     if "experts" in layer and "vmap" in nesting:
-        pytest.skip("JAX 0.12 has no batching rule for `ragged_dot_general` of this kind")
+        pytest.skip("JAX 0.12 has no batching rule for this `ragged_dot_general`")
     model = adapted(make(jr.key(0)), **options)
     params, static = eqx.partition(model, eqx.is_array)
     program = lambda params, x: call(eqx.combine(params, static), x)
@@ -393,38 +393,28 @@ def _policy(w, x):
 
 
 FACTORED = {
-    "scan": lambda w, x: lax.scan(
-        lambda c, _: (jnp.tanh(w @ c), c), x, None, length=3
-    ),
+    "scan": lambda w, x: lax.scan(lambda c, _: (jnp.tanh(w @ c), c), x, None, length=3),
     "scan over rows": lambda w, x: lax.scan(lambda c, r: (c + r @ x, 2 * r), 0.0, w),
-    "scan, weights out": lambda w, x: (
-        lax.scan(lambda c, s: (c, w * s), 0.0, x)[1] @ x
-    ),
+    "scan, weights out": lambda w, x: lax.scan(lambda c, s: (c, w * s), 0.0, x)[1] @ x,
     "scan, weight as carry": lambda w, x: lax.scan(
         lambda c, _: (0.9 * c, c @ x), w, None, length=3
     )[1],
-    "scan, carry times input": lambda w, x: lax.scan(
-        lambda c, s: (c * s, c @ x), w, x
-    )[1],
-    "scan, carry plus input": lambda w, x: lax.scan(
-        lambda c, s: (c + s, c @ x), w, x
-    )[1],
+    "scan, carry times input": lambda w, x: lax.scan(lambda c, s: (c * s, c @ x), w, x)[
+        1
+    ],
+    "scan, carry plus input": lambda w, x: lax.scan(lambda c, s: (c + s, c @ x), w, x)[
+        1
+    ],
     "map": lambda w, x: lax.map(lambda s: w @ (x * s), x),
     "fori_loop": lambda w, x: lax.fori_loop(0, 3, lambda _, c: jnp.tanh(w @ c), x),
-    "cond": lambda w, x: lax.cond(
-        x[0] > 0, lambda w: w @ x, lambda w: (2 * w) @ x, w
+    "cond": lambda w, x: lax.cond(x[0] > 0, lambda w: w @ x, lambda w: (2 * w) @ x, w),
+    "cond, weight out": lambda w, x: (
+        lax.cond(x[0] > 0, lambda w: w, lambda w: 2 * w, w) @ x
     ),
-    "cond, weight out": lambda w, x: lax.cond(
-        x[0] > 0, lambda w: w, lambda w: 2 * w, w
-    )
-    @ x,
-    "cond, one branch dense": lambda w, x: lax.cond(
-        x[0] > 0, lambda w: w, lambda w: jnp.ones((3, 3)), w
-    )
-    @ x,
-    "cond, closed over": lambda w, x: lax.cond(
-        x[0] > 0, lambda: w @ x, lambda: x @ w
+    "cond, one branch dense": lambda w, x: (
+        lax.cond(x[0] > 0, lambda w: w, lambda w: jnp.ones((3, 3)), w) @ x
     ),
+    "cond, closed over": lambda w, x: lax.cond(x[0] > 0, lambda: w @ x, lambda: x @ w),
     "switch": lambda w, x: lax.switch(
         jnp.argmax(x), [lambda w: w @ x, lambda w: x @ w, lambda w: x], w
     ),
@@ -468,8 +458,9 @@ MATERIALISED = {
 ONLY_FORWARD = {"while_loop": _while, "while_loop, weight": _while_with_weight}
 
 
-# What JAX does to the program, inside `quaxify`, is then not linear in the weight: `vmap`
-# of a `cond` selects element by element; the gradient of a scale is `sum(w * cotangent)`.
+# What JAX does to the program, inside `quaxify`, is then not linear in the weight:
+# `vmap` of a `cond` selects element by element; the gradient of a scale is
+# `sum(w * cotangent)`.
 DENSE = {
     "Q(vmap f)": {
         "cond",
@@ -520,6 +511,4 @@ def test_while_loops(program, nesting):
     plain = lambda *args: transform.plain(f)(*densify(args))
     assert_close(ours(*args), plain(*args))
     tangents = jax.tree.map(jnp.cos, args)
-    assert_close(
-        jax.jvp(ours, args, tangents)[1], jax.jvp(plain, args, tangents)[1]
-    )
+    assert_close(jax.jvp(ours, args, tangents)[1], jax.jvp(plain, args, tangents)[1])

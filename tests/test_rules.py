@@ -1,4 +1,4 @@
-"""Every rule, on every kind of array and under every transform, against dense weights."""
+"""Every rule, on every kind of array, under every transform, against dense weights."""
 
 import equinox as eqx
 import jax
@@ -20,6 +20,7 @@ from helpers import (
 )
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
 from lora_quax import MaterialiseError
 
 
@@ -45,7 +46,8 @@ def _conv(**kwargs):
 _ids = [[1, 2], [0, 4]]
 _name = jax.ad_checkpoint.checkpoint_name
 
-# name: (program of a weight and another array, the weight's shape and axes, the other's)
+# name: (program of a weight and another array, the weight's shape and axes, and the
+# other's)
 MATRIX = dict(shape=(5, 3))
 STACK = dict(shape=(2, 5, 3))
 KERNEL = dict(cols=3)
@@ -63,7 +65,11 @@ PROGRAMS = {
     "batched over columns": (_dot(((0,), (0,)), ((1,), (1,))), MATRIX, (5, 3)),
     "outer": (lambda w, x: jnp.einsum("oi,k->oik", w, x), MATRIX, (2,)),
     "ensemble": (lambda w, x: jnp.einsum("eoi,ebi->ebo", w, x), STACK, (2, 4, 3)),
-    "ensemble, one input": (lambda w, x: jnp.einsum("eoi,bi->ebo", w, x), STACK, (4, 3)),
+    "ensemble, one input": (
+        lambda w, x: jnp.einsum("eoi,bi->ebo", w, x),
+        STACK,
+        (4, 3),
+    ),
     "ensemble, summed": (
         lambda w, x: jnp.einsum("eoi,ebi->bo", w, x),
         STACK,
@@ -85,7 +91,9 @@ PROGRAMS = {
         (4, 2, 3),
     ),
     "heads in, order unsorted": (
-        lambda w, x: lax.dot_general(x, w.reshape(2, 3, 5), (((2, 1), (1, 0)), ((), ()))),
+        lambda w, x: lax.dot_general(
+            x, w.reshape(2, 3, 5), (((2, 1), (1, 0)), ((), ()))
+        ),
         dict(shape=(6, 5)),
         (4, 2, 3),
     ),
@@ -273,7 +281,7 @@ PROGRAMS = {
     "scalars": (lambda w, x: (-w * x[0] * 2 / x[1]) @ x, MATRIX, (3,)),
     "0.5 * w": (lambda w, x: (0.5 * w) @ x, MATRIX, (3,)),
     "cast": (
-        lambda w, x: (w.astype(jnp.float32) @ x.astype(jnp.float32)),
+        lambda w, x: w.astype(jnp.float32) @ x.astype(jnp.float32),
         MATRIX,
         (3,),
     ),
@@ -305,8 +313,8 @@ def test_kinds(program, kind):
     check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **_SINGLE.get(program, {}))
 
 
-# Where a transform, inside `quaxify`, does to the weight what has no low rank, or one so
-# high that the factors would be larger than the weight.
+# Where a transform, inside `quaxify`, does to the weight what has no low rank, or one
+# so high that the factors would be larger than the weight.
 DENSE = {
     "Q(grad f)": {
         "conv, batch groups",
@@ -421,8 +429,12 @@ def test_dot_parameters_reach_the_right_product(side, preferred):
 
     def fn(w, u):
         operands = (w, u) if side == "left" else (u, w)
-        params = dict(precision=precision, preferred_element_type=preferred)
-        return lax.dot_general(*operands, (((1,), (1,)), ((), ())), **params)
+        return lax.dot_general(
+            *operands,
+            (((1,), (1,)), ((), ())),
+            precision=precision,
+            preferred_element_type=preferred,
+        )
 
     out = quax.quaxify(fn)(w, u)
     plain = fn(densify(w), u)
@@ -433,7 +445,8 @@ def test_dot_parameters_reach_the_right_product(side, preferred):
     # Activations come first whatever the side, and so does their precision.
     of_u, of_w = precision[::-1] if side == "left" else precision
     assert [e.params["precision"] for e in dots] == [(of_u, of_w)] * 3
-    assert all(e.params["preferred_element_type"] == (preferred or None) or preferred is None for e in dots)
+    if preferred is not None:
+        assert all(e.params["preferred_element_type"] == preferred for e in dots)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -442,9 +455,12 @@ def test_out_sharding(side):
     w, u = lora((4, 3)), x(6, 3)
 
     def fn(w, u):
-        operands, spec = ((w, u), P("i", None)) if side == "left" else ((u, w), P(None, "i"))
+        left = side == "left"
+        spec = P("i", None) if left else P(None, "i")
         return lax.dot_general(
-            *operands, (((1,), (1,)), ((), ())), out_sharding=NamedSharding(mesh, spec)
+            *((w, u) if left else (u, w)),
+            (((1,), (1,)), ((), ())),
+            out_sharding=NamedSharding(mesh, spec),
         )
 
     with jax.set_mesh(mesh):
@@ -461,10 +477,8 @@ def test_shardings_of_the_factors():
         (P("i", None), P(None, None), P("i", None)),
         (P(None, "i"), P(None, "i"), P(None, None)),
     ]:
-        put = quax.quaxify(lambda w, s=spec: jax.device_put(w, NamedSharding(mesh, s)))(w)
-        assert (put.base.sharding.spec, put.a.sharding.spec, put.b.sharding.spec) == (
-            spec,
-            a,
-            b,
-        )
+        sharding = NamedSharding(mesh, spec)
+        put = quax.quaxify(lambda w, s=sharding: jax.device_put(w, s))(w)
+        specs = [y.sharding.spec for y in (put.base, put.a, put.b)]
+        assert specs == [spec, a, b]
         assert_close(put, w)

@@ -1,10 +1,10 @@
 """`conv_general_dilated`: two convolutions, of which one is pointwise.
 
 The update of a kernel `W[o, i, k] = Σ_r b[o, r] a[r, i, k]` is convolved with `a`, to
-`rank` channels, and then taken to `o` by `b` at every point. Where rows and columns have
-changed places, as in the gradient of a convolution, it is the inputs that stand alone,
-and the pointwise map comes first. With feature groups each group meets its own rows of
-the grouped kernel, and all of them the same columns; so merged equals unmerged.
+`rank` channels, and then taken to `o` by `b` at every point. Where rows and columns
+have changed places, as in the gradient of a convolution, it is the inputs that stand
+alone, and the pointwise map comes first. With feature groups each group meets its own
+rows of the grouped kernel, and all of them the same columns; so merged equals unmerged.
 """
 
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """`dot_general` and `ragged_dot_general`: products with a weight.
 
-Both products, with the base and with the factors, are taken activations first, whatever
-the program wrote: `dot_general(w, x)` puts the features in front, and the transpositions
-around it cost more than the product with the factors.
+Both products, with the base and with the factors, are taken activations first,
+whatever the program wrote: `dot_general(w, x)` puts the features in front, and the
+transpositions around it cost more than the product with the factors.
 """
 
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
-from .._compat import ragged_dot_general_p
 from .._array import add, FactoredArray, LoraArray, LowRankArray, scale
+from .._compat import ragged_dot_general_p
 from .._product import arrange, contract, label_sharding
 from ._register import linear, NotLazy
 
@@ -52,7 +52,7 @@ def _low_rank_product(
     a_labels = [i if i == "rank" else w_labels[i] for i in a_labels]
     b_labels = [i if i == "rank" else w_labels[i] for i in b_labels]
     first, second = (w.a, a_labels), (w.b, b_labels)
-    contracted = [label for label in x_labels if label in w_labels and label not in keep]
+    contracted = [i for i in x_labels if i in w_labels and i not in keep]
     if _size(*second, contracted) > _size(*first, contracted):
         first, second = second, first
 
@@ -92,7 +92,7 @@ def _size(array, labels, which) -> int:
 
 
 def _label(x, w, x_contract, w_contract, x_batch, w_batch):
-    """Labels of x and of w, the latter's axes numbered, and those left in the result."""
+    """Labels of x and of w, whose axes are numbered, and those left in the result."""
     w_labels = list(range(w.ndim))
     x_labels: list = [("x", i) for i in range(x.ndim)]
     for i, j in zip((*x_contract, *x_batch), (*w_contract, *w_batch)):
@@ -122,18 +122,14 @@ def _dot_general(
 
 
 @quax.register(lax.dot_general_p)
-def _(
-    x: ArrayLike | quax.ArrayValue, w: FactoredArray, *, dimension_numbers, **params
-):
+def _(x: ArrayLike | quax.ArrayValue, w: FactoredArray, *, dimension_numbers, **params):
     ((x_contract, w_contract), (x_batch, w_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
     return _dot_general(x, w, numbers, False, **params)
 
 
 @quax.register(lax.dot_general_p)
-def _(
-    w: FactoredArray, x: ArrayLike | quax.ArrayValue, *, dimension_numbers, **params
-):
+def _(w: FactoredArray, x: ArrayLike | quax.ArrayValue, *, dimension_numbers, **params):
     ((w_contract, x_contract), (w_batch, x_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
     return _dot_general(x, w, numbers, True, **params)
@@ -149,19 +145,26 @@ def _(x: FactoredArray, w: FactoredArray, *, dimension_numbers, **params):
 
 @linear(ragged_dot_general_p, operand=1)
 def _(
-    x, w: LowRankArray, group_sizes, *, ragged_dot_dimension_numbers, group_offset, **params
+    x,
+    w: LowRankArray,
+    group_sizes,
+    *,
+    ragged_dot_dimension_numbers,
+    group_offset,
+    **params,
 ):
-    """A mixture of experts: rows of `x`, sorted by expert, meet that expert's factors."""
+    """A mixture of experts: rows of `x`, sorted by expert, meet its factors."""
     numbers = ragged_dot_dimension_numbers
     ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
     a_labels, b_labels, _ = w.labels
     if any(batch) or numbers.rhs_group_dimensions != (0,) or w.n_batch != 1:
-        raise NotLazy("the experts must be the one batch axis, the first, of the weight")
-    for first, second in ((w.a, a_labels), (w.b, b_labels)), ((w.b, b_labels), (w.a, a_labels)):
+        raise NotLazy("the experts must be the weight's one batch axis, the first")
+    a, b = (w.a, a_labels), (w.b, b_labels)
+    for first, second in ((a, b), (b, a)):
         if set(w_contract) == set(first[1]) - {0, "rank"}:
             break
     else:
-        raise NotLazy("the contracted axes must be all of the rows or all of the columns")
+        raise NotLazy("the contracted axes must be all the rows or all the columns")
     dtype = jnp.promote_types(x.dtype, w.dtype)
 
     def product(x, x_contract, ragged, factor, labels, contract):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import quax
 from jax import lax
-from jaxtyping import ArrayLike
 
 from .._array import (
     FactoredArray,
@@ -91,7 +90,8 @@ def concatenate(*operands, dimension):
 def _concatenate(dimension, shapes, deltas):
     known = [d for d in deltas if d is not None]
     like = {(d.rank, d.scaling, tuple(groups(d))) for d in known}
-    if groups(known[0])[dimension] == BATCH and known == list(deltas) and len(like) == 1:
+    alike = len(known) == len(deltas) and len(like) == 1
+    if groups(known[0])[dimension] == BATCH and alike:
         # Along a batch axis the factors lie side by side, and the rank stays.
         a = jnp.concatenate([d.a for d in known], dimension)
         b = jnp.concatenate([d.b for d in known], dimension)

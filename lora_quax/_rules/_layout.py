@@ -87,7 +87,7 @@ def transpose(w: LowRankArray, *, permutation):
 
 
 def _with_factors(w: LowRankArray, a, b, groups) -> LowRankArray:
-    """`w` with other factors, perhaps of a multiple of the rank, and the same scaling."""
+    """`w` with other factors, perhaps of a multiple of the rank, scaled the same."""
     rank = b.shape[-1]
     alpha = w.alpha if rank == w.rank else w.alpha * (rank // w.rank)
     rows, cols = groups.count(ROW), groups.count(COL)
@@ -97,8 +97,8 @@ def _with_factors(w: LowRankArray, a, b, groups) -> LowRankArray:
 def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
     """The factors `a` and `b`, with labels, once each axis belongs to its target group.
 
-    A grouped convolution merges its groups with its inputs, a vmapped one its batch with
-    its outputs. An axis `x` leaves a factor by entering the rank,
+    A grouped convolution merges its groups with its inputs, a vmapped one its batch
+    with its outputs. An axis `x` leaves a factor by entering the rank,
 
         Σ_r b[x, o, r] a[r, i] = Σ_{y,r} b[y, o, r] · δ[x, y] a[r, i],
 
@@ -129,7 +129,7 @@ def _lose(factor, labels, axis: int):
 
 
 def _block_diagonal(factor, labels, axis: int, size: int):
-    """The factor with `axis` both in its rank and as an axis, zero where they differ."""
+    """The factor with `axis` in its rank and as an axis, zero where they differ."""
     rest = [i for i in labels if i not in (axis, "rank")]
     if axis in labels:
         factor = jnp.expand_dims(arrange(factor, labels, [axis, "rank", *rest]), 1)
@@ -265,9 +265,7 @@ def split(w: LowRankArray, *, sizes, axis):
     for size in map(int, sizes):
         starts = [start if i == axis else 0 for i in range(w.ndim)]
         limits = [start + size if i == axis else n for i, n in enumerate(w.shape)]
-        out.append(
-            slice_(w, start_indices=starts, limit_indices=limits, strides=None)
-        )
+        out.append(slice_(w, start_indices=starts, limit_indices=limits, strides=None))
         start += size
     return out
 

@@ -1,12 +1,11 @@
 """Lookup: `gather` and `dynamic_slice`, so `w[ids]`, `w[i]`, `jnp.take`, `.at[].get`.
 
 A lookup acts on each factor that holds an axis it cuts. Of whole matrices (stacked
-layers, experts) the result is still a low-rank weight. Of rows or columns (an embedding)
-it is an activation, which what follows will use densely, and is summed.
+layers, experts) the result is still a low-rank weight. Of rows or columns (an
+embedding) it is an activation, which what follows will use densely, and is summed.
 """
 
 import jax.numpy as jnp
-import quax
 from jax import lax
 
 from .._array import LowRankArray, scale

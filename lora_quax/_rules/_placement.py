@@ -49,7 +49,7 @@ def factor_specs(w: LowRankArray, spec) -> LowRankArray:
 
 
 def _place(w: FactoredArray, sharding, bind):
-    """`bind(part, sharding)` for the base, and for each factor with its own sharding."""
+    """`bind(part, sharding)` for the base, and for each factor with its sharding."""
     if isinstance(w, LoraArray):
         base = quax.quaxify(bind)(w.base, sharding)
         return w.replace(base=base, delta=_place(w.delta, sharding, bind))
@@ -57,10 +57,11 @@ def _place(w: FactoredArray, sharding, bind):
     if not isinstance(sharding, NamedSharding):
         return w.replace(a=bind(w.a, sharding), b=bind(w.b, sharding))
     specs = factor_specs(w, sharding.spec)
-    a, b = (
-        bind(factor, NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind))
-        for factor, spec in ((w.a, specs.a), (w.b, specs.b))
-    )
+
+    def by(spec):
+        return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+
+    a, b = bind(w.a, by(specs.a)), bind(w.b, by(specs.b))
     return w.replace(a=a, b=b)
 
 

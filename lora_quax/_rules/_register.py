@@ -7,9 +7,9 @@ and the sum stays unsummed if the update stayed low rank, or is taken if it did 
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import quax
+from jax.core import Tracer
 from jaxtyping import ArrayLike
 
 from .._array import (
@@ -32,7 +32,7 @@ def linear(
     operand: int = 0,
     affine: Callable[[dict], bool] = lambda params: False,
 ):
-    """Registers `rule(*operands, **params)`, whose operand number `operand` is low rank.
+    """Registers `rule(*operands, **params)`, of which number `operand` is low rank.
 
     The rule returns a `LowRankArray`, or a dense array, or a list of them for a
     primitive of several results, or raises `NotLazy`.
@@ -138,7 +138,7 @@ def distribute(w: LoraArray, on_base, delta, others: Sequence):
 
 
 def _differentiable(x) -> bool:
-    return isinstance(x, jax.core.Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
+    return isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def settle(delta: LowRankArray):

@@ -27,7 +27,7 @@ def neg(w: LowRankArray):
 
 
 def _scale(w: LowRankArray, x, params, apply) -> LowRankArray:
-    """`apply(factor, scale)` of the factor that holds all axes along which `x` varies."""
+    """`apply(factor, scale)` of the factor with all axes along which `x` varies."""
     shape = jnp.broadcast_shapes(w.shape, jnp.shape(x))
     x = jnp.broadcast_to(x, (1,) * (len(shape) - jnp.ndim(x)) + jnp.shape(x))
     w = expand(w, shape)
