@@ -10,7 +10,9 @@ goes through a sum. So there are two types, each with one job:
 What each primitive does to them stands in `_rules`.
 """
 
+import abc
 import math
+import operator
 from typing import Any
 
 import equinox as eqx
@@ -24,7 +26,7 @@ from jax.core import ShapedArray
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from . import _init
-from ._compat import shaped_array
+from ._compat import partition_spec, shaped_array
 from ._init import Initialiser
 from ._product import arrange, contract
 
@@ -39,9 +41,9 @@ class FactoredArray(quax.ArrayValue):
     rank: eqx.AbstractVar[int]
     allow_materialise: eqx.AbstractVar[bool]
 
+    @abc.abstractmethod
     def dense(self) -> Array:
         """The dense array, whatever `allow_materialise` says."""
-        raise NotImplementedError(type(self))
 
     def materialise(self) -> Array:
         """The dense array, in the dtype of the base.
@@ -237,7 +239,8 @@ class LowRankArray(FactoredArray):
         n = self.n_batch
         shape = self.b.shape[:-1] + self.a.shape[n + 1 :]
         dtype = jnp.promote_types(self.a.dtype, self.b.dtype)
-        return shaped_array(shape, dtype, self.a, self.b)
+        spec = (*partition_spec(self.b)[:-1], *partition_spec(self.a)[n + 1 :])
+        return shaped_array(shape, dtype, spec, self.a, self.b)
 
     def dense(self) -> Array:
         a_labels, b_labels, labels = self.labels
@@ -378,9 +381,7 @@ class LoraArray(FactoredArray):
             base = base.dense()
         elif isinstance(base, quax.ArrayValue):
             base = type(base).materialise(base)
-        delta = self.delta.dense()
-        # Adding a zero would turn -0 into +0; a fresh adapter leaves every bit alone.
-        return jnp.where(delta == 0, base, add(base, delta))
+        return add(base, self.delta.dense())
 
     def replace(self, **changes) -> "LoraArray":
         """A copy with some fields changed; the new ones must fit."""
@@ -426,9 +427,9 @@ def _summary(x: LowRankArray | LoraArray, indent: int = 2, **kwargs):
 
 
 def check_rank(rank) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
         raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
-    return rank
+    return operator.index(rank)
 
 
 def check_alpha(alpha, rank: int) -> float:

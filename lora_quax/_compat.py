@@ -23,22 +23,31 @@ from jax._src.interpreters.partial_eval import (
     convert_constvars_jaxpr as _convert_constvars_jaxpr,
 )
 from jax._src.lax.lax import ragged_dot_general_p as ragged_dot_general_p
+from jax._src.pjit import reshard_p as reshard_p
 from jax.core import ShapedArray
 from jax.sharding import PartitionSpec
 
 
-def shaped_array(shape, dtype, *like) -> ShapedArray:
-    """An abstract value that varies over the manual mesh axes that one of `like` does.
+def partition_spec(x) -> tuple:
+    """How the type of an array says it is sharded; on a mesh that is not explicit, and
+    for an abstract stand-in, not at all."""
+    if isinstance(x, jax.Array):
+        return tuple(jax.typeof(x).sharding.spec)
+    return (None,) * len(x.shape)
 
-    How `ShapedArray` is told of these axes is undocumented, and changed its name from
-    `vma` to `manual_axis_type` in JAX 0.10; so the type is derived from one that knows.
+
+def shaped_array(shape, dtype, spec, *like) -> ShapedArray:
+    """An abstract value on the mesh of `like`, with the partition spec `spec`.
+
+    It varies over the manual mesh axes that one of `like` varies over. How a
+    `ShapedArray` is told of these is undocumented, and changed its name from `vma` to
+    `manual_axis_type` in JAX 0.10; so the type is derived from one that knows.
     """
     types = [jax.typeof(x) for x in like if isinstance(x, jax.Array)]
-    varying = [t for t in types if t.manual_axis_type.varying]
-    if not varying:
+    if all(t.sharding.mesh.empty for t in types):
         return ShapedArray(shape, dtype)
-    widest = max(varying, key=lambda t: len(t.manual_axis_type.varying))
-    sharding = widest.sharding.update(spec=PartitionSpec(*(None for _ in shape)))
+    widest = max(types, key=lambda t: len(t.manual_axis_type.varying))
+    sharding = widest.sharding.update(spec=PartitionSpec(*spec))
     return widest.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 

@@ -11,7 +11,7 @@ import quax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ._array import FactoredArray, LoraArray
+from ._array import add, FactoredArray, LoraArray
 from ._full import FullArray
 from ._paths import dotted, is_adapted, named
 
@@ -105,12 +105,22 @@ def refuse_missing(path: str, x) -> None:
             )
 
 
-def _dense(x: FactoredArray):
-    return x.dense()
+def _dense(x):
+    """The dense array; bit-identical to the base where the update is zero.
+
+    The selection has no place in `LoraArray.dense`, which is differentiated: it would
+    cut off the gradient of an update that is still zero.
+    """
+    if isinstance(x, LoraArray):
+        base, delta = _dense(x.base), x.delta.dense()
+        return jnp.where(delta == 0, base, add(base, delta))  # -0 + 0 would be +0.
+    if isinstance(x, FactoredArray):
+        return x.dense()
+    return type(x).materialise(x) if isinstance(x, quax.ArrayValue) else x
 
 
 def _dense_from(x: LoraArray, base):
-    return x.replace(base=base).dense()
+    return _dense(x.replace(base=base))
 
 
 _dense_jit = eqx.filter_jit(_dense)

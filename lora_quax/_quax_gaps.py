@@ -19,11 +19,13 @@ from jax import lax
 from jax.extend.core.primitives import jit_p, remat_p
 from jaxtyping import ArrayLike
 from quax._compat import scan_bind_params, unpack_scan_args
+from quax._primitives import cond_quax, scan_quax, while_quax
 from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense
 
 from ._array import add, densify_or_refuse, FactoredArray, LoraArray, LowRankArray
 from ._compat import as_function, core, detach_consts
+from ._full import FullArray
 from ._rules._placement import factor_specs
 
 
@@ -102,8 +104,29 @@ def _plain(x, primitive, why: str):
     return type(x).materialise(x) if isinstance(x, quax.Value) else x
 
 
+def _own_plain(x, primitive, why: str):
+    """`x` as a plain array, if it is of a type of ours; the others have a say in it."""
+    if isinstance(x, quax.Value) and not isinstance(x, FactoredArray | FullArray):
+        raise TypeError(f"A {type(x).__name__} met `{primitive}`: {why}.")
+    return _plain(x, primitive, why)
+
+
 def _plain_unless(keep, slots, primitive, why: str) -> tuple:
-    return tuple(x if k else _plain(x, primitive, why) for x, k in zip(slots, keep))
+    return tuple(x if k else _own_plain(x, primitive, why) for x, k in zip(slots, keep))
+
+
+def _unless_foreign(quax_rule):
+    """Leaves a call without an array of ours to the rule that Quax has for it."""
+
+    def decorate(rule):
+        @ft.wraps(rule)
+        def wrapper(*args: Operand, **params):
+            own = any(isinstance(x, FactoredArray | FullArray) for x in args)
+            return (rule if own else quax_rule)(*args, **params)
+
+        return wrapper
+
+    return decorate
 
 
 def _run(args, jaxpr):
@@ -158,7 +181,7 @@ def _common(slot: Sequence):
 def _become(x, common):
     """What one branch returns, as what they can all return."""
     if isinstance(common, bool):
-        return x if common else _plain(x, lax.cond_p, _BRANCHES)
+        return x if common else _own_plain(x, lax.cond_p, _BRANCHES)
     if isinstance(x, LoraArray):
         return _stop(x)
     like = jtu.tree_unflatten(*common)
@@ -171,6 +194,7 @@ def _run_branch(args, jaxpr, common):
 
 
 @quax.register(lax.cond_p, precedence=1)
+@_unless_foreign(cond_quax)
 def _(index: ArrayLike, *args: Operand, branches, **params):
     as_is = (True,) * len(branches[0].out_avals)
     outs = [_trace_on(_run_branch, (args,), j, as_is)[1] for j in branches]
@@ -203,7 +227,7 @@ def _settle(step: Callable, carry: Sequence, primitive) -> tuple[list, tuple]:
                 if isinstance(c, LoraArray) and _alike(_stop(c), o):
                     c = _stop(c)
                 else:
-                    c = _plain(c, primitive, _CARRY)
+                    c = _own_plain(c, primitive, _CARRY)
             new.append(c)
         if all(c is n for c, n in zip(carry, new)):
             return list(carry), keep
@@ -223,6 +247,7 @@ def _run_condition(consts, carry, jaxpr):
 
 
 @quax.register(lax.while_p, precedence=1)
+@_unless_foreign(while_quax)
 def _(*args: Operand, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     n = cond_nconsts + body_nconsts
     cond_consts, body_consts = args[:cond_nconsts], args[cond_nconsts:n]
@@ -280,6 +305,7 @@ def _run_scan(consts, shared, carry, sliced, jaxpr, stacked, keep):
 
 
 @quax.register(lax.scan_p, precedence=1)
+@_unless_foreign(scan_quax)
 def _(*args: Operand, jaxpr, **params):
     consts, carry, xs = unpack_scan_args(args, params)
     delta = lambda x: x.delta if isinstance(x, LoraArray) else x
@@ -358,15 +384,15 @@ def _requaxify(f, tag, *args):
             out = f(*args)
         with core.set_current_trace(parent):
             return jtu.tree_map(
-                lambda x: _unwrap(trace, x),
+                lambda x: _unwrap(trace, x, "custom_vjp"),
                 out,
                 is_leaf=lambda x: isinstance(x, _QuaxTracer),
             )
 
 
-def _unwrap(trace: _QuaxTrace, x) -> Any:
+def _unwrap(trace: _QuaxTrace, x, operation: str) -> Any:
     if isinstance(x, _QuaxTracer) and x._trace.tag is trace.tag:  # pyright: ignore
-        return _plain(_array(x.value), "custom_vjp", "its result must be a plain array")
+        return _plain(_array(x.value), operation, "its result must be a plain array")
     return x
 
 
@@ -413,8 +439,9 @@ def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
             ]
             with core.set_current_trace(trace):
                 out, out_specs = fun(*tracers).unpack_aux()
+            unwrap = lambda x: _unwrap(trace, x, "shard_map")
             with core.set_current_trace(parent):
-                return out.map(lambda x: _unwrap(trace, x)).with_aux(out_specs)
+                return out.map(unwrap).with_aux(out_specs)
 
     params["debug_info"] = params["debug_info"].with_unknown_names()
     with core.set_current_trace(self.parent_trace):

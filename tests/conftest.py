@@ -44,3 +44,19 @@ def pytest_runtest_makereport(item, call):
     if get is not None and report.failed:
         report.sections.append(("random keys", repr(get)))
     return report
+
+
+_TESTS_PER_CACHE = 100
+_finished = 0
+
+
+def pytest_runtest_teardown(item):
+    """Every program compiled stays in memory, mapped, until JAX's caches are cleared,
+    and a process may map only so much: after a thousand tests it dies."""
+    global _finished
+    del item
+    _finished += 1
+    if _finished % _TESTS_PER_CACHE == 0:
+        import jax
+
+        jax.clear_caches()

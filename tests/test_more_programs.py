@@ -126,6 +126,58 @@ def test_sharding_constraint(spec):
     check(quax.quaxify(f), f, (lora((4, 6)), x(6)))
 
 
+@pytest.mark.parametrize("x_spec", [P("i", None), P(None, "i"), P(None, None)])
+@pytest.mark.parametrize("w_spec", [P("i", None), P(None, "i"), P(None, None)])
+def test_explicit_mesh(w_spec, x_spec):
+    mesh = _mesh(AxisType.Explicit)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    with jax.set_mesh(mesh):
+        w = lora((4, 6))
+        w = w.replace(
+            base=put(w.base, *w_spec),
+            delta=w.delta.replace(
+                a=put(w.a, None, w_spec[1]), b=put(w.b, w_spec[0], None)
+            ),
+        )
+        out = P("i", None) if x_spec[0] else P(None, w_spec[0])
+        f = lambda w, x: jnp.einsum("ti,oi->to", x, w, out_sharding=out).sum()
+        g = lambda w, x: quax.quaxify(f)(w, x)
+        grads = jax.jit(jax.grad(g, (0, 1)))(w, put(x(8, 6), *x_spec))
+    plain = jax.grad(lambda w, x: jnp.einsum("ti,oi->to", x, densify(w)).sum(), (0, 1))
+    assert_close(
+        jax.device_get(jax.tree.leaves(grads)),
+        jax.tree.leaves(plain(lora((4, 6)), x(8, 6))),
+    )
+
+
+class _Unit(quax.ArrayValue):
+    """Somebody else's value, whose structure an operation changes."""
+
+    array: jax.Array
+    unit: str = eqx.field(static=True)
+
+    def aval(self):
+        return jax.typeof(self.array)
+
+    def materialise(self):
+        return self.array
+
+
+@quax.register(lax.mul_p)
+def _(a: _Unit, b: _Unit, **params):
+    return _Unit(lax.mul_p.bind(a.array, b.array, **params), a.unit + b.unit)
+
+
+def test_other_values_keep_their_rules():
+    unit = _Unit(jnp.ones(3), "m")
+    loop = lambda u: lax.fori_loop(0, 2, lambda _, c: c * u, u)
+    with pytest.raises(TypeError, match="carry changed structure"):
+        quax.quaxify(loop)(unit)
+    both = lambda u, w: lax.fori_loop(0, 2, lambda _, c: (c[0] * u, c[1]), (u, w))
+    with pytest.raises(TypeError, match="A _Unit met `scan`"):
+        quax.quaxify(both)(unit, lora((3, 3)))
+
+
 # Compilation.
 
 

@@ -279,7 +279,11 @@ LAYERS = {
         _call,
     ),
 }
-NESTINGS = [t for t in TRANSFORMS if "weights" not in t]
+NESTINGS = [
+    pytest.param(t, marks=[] if t in ("Q(f)", "vmap(Q f)") else pytest.mark.slow)
+    for t in TRANSFORMS
+    if "weights" not in t
+]
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
@@ -296,6 +300,7 @@ def test_layers(layer, nesting):
     check(transform.ours(program), transform.plain(program), args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 @pytest.mark.parametrize("layer", [n for n in LAYERS if n not in ("MLP", "Sequential")])
 def test_derivatives_of_layers(layer, derivative):
@@ -407,6 +412,7 @@ FACTORED = {
     ],
     "map": lambda w, x: lax.map(lambda s: w @ (x * s), x),
     "fori_loop": lambda w, x: lax.fori_loop(0, 3, lambda _, c: jnp.tanh(w @ c), x),
+    "w * v[:, None]": lambda w, x: (w * x[:, None]) @ x,
     "cond": lambda w, x: lax.cond(x[0] > 0, lambda w: w @ x, lambda w: (2 * w) @ x, w),
     "cond, weight out": lambda w, x: (
         lax.cond(x[0] > 0, lambda w: w, lambda w: 2 * w, w) @ x
@@ -444,7 +450,6 @@ MATERIALISED = {
     "mask": lambda w, x: jnp.where(jnp.eye(3) > 0, w, 0.0) @ x,
     "tril": lambda w, x: jnp.tril(w) @ x,
     "w * w": lambda w, x: (w * w) @ x,
-    "w * v[:, None]": lambda w, x: (w * x[:, None]) @ x,
     "normalised": lambda w, x: (w / jnp.linalg.norm(w)) @ x,
     "ravel": lambda w, x: w.ravel()[:3] * x,
     "scan, carry sums weights": lambda w, x: lax.scan(
@@ -469,11 +474,11 @@ DENSE = {
         "cond, closed over",
         "switch",
     },
-    "Q(grad f)": {"scan, weights out", "scan, carry times input"},
+    "Q(grad f)": {"scan, weights out", "scan, carry times input", "w * v[:, None]"},
 }
 
 
-@pytest.mark.parametrize("nesting", NESTINGS)
+@pytest.mark.parametrize("nesting", NESTINGS[:4])
 @pytest.mark.parametrize("program", FACTORED | MATERIALISED)
 def test_functions(program, nesting):
     allow = program in MATERIALISED or program in DENSE.get(nesting, ())

@@ -55,35 +55,39 @@ def transpose(w: LowRankArray, *, permutation):
     """Rows and columns may change places, and then so do the factors."""
     old = groups(w)
     moved = [old[i] for i in permutation]
-    n = next((i for i, group in enumerate(moved) if group != BATCH), w.ndim)
-    # Behind the batch axes, the first `cut` axes are to be rows and the others columns,
-    # or the other way round; whichever asks the fewest to change groups.
-    best = None if w.ndim - n > 1 else (1, moved)
-    for first, second in ((ROW, COL), (COL, ROW)):
-        for cut in range(n + 1, w.ndim):
-            new = [BATCH] * n + [first] * (cut - n) + [second] * (w.ndim - cut)
-            cost = math.prod(
-                w.shape[i] for i, u, v in zip(permutation, moved, new) if u != v
-            )
-            if best is None or cost < best[0]:
-                best = cost, new
-    assert best is not None
-    _, new = best
-    target = list(old)
-    for i, group in zip(permutation, new):
-        target[i] = group
-    w_groups = [new[i] for i in range(w.ndim)]
+    new, exchanged = _nearest_groups(moved, [w.shape[i] for i in permutation])
+    target = [new[permutation.index(i)] for i in range(w.ndim)]
     factors = _change_groups(w, target, f"permutation {tuple(permutation)}")
-    swapped = w_groups != sorted(w_groups)
-    if swapped:
+    if exchanged:
         factors = factors[::-1]
-        w_groups = [{ROW: COL, COL: ROW}.get(group, BATCH) for group in w_groups]
-    axes = factor_axes(w_groups)
+        new = [{ROW: COL, COL: ROW}.get(group, BATCH) for group in new]
     a, b = (
         arrange(factor, labels, [i if i == "rank" else permutation[i] for i in order])
-        for (factor, labels), order in zip(factors, axes)
+        for (factor, labels), order in zip(factors, factor_axes(new))
     )
-    return _with_factors(w, a, b, w_groups)
+    return _with_factors(w, a, b, new)
+
+
+def _nearest_groups(moved: Sequence[int], sizes: Sequence[int]):
+    """Groups for the axes of a transposed array, and whether the factors change places.
+
+    Behind the batch axes come all rows and then all columns, or the other way round.
+    Where `moved`, the groups that the axes have, is neither, some have to change; of
+    all ways that which changes the fewest, by the product of their sizes, is taken.
+    """
+    ndim = len(moved)
+    n = next((i for i, group in enumerate(moved) if group != BATCH), ndim)
+    candidates = [
+        ([BATCH] * n + [first] * (cut - n) + [second] * (ndim - cut), first == COL)
+        for first, second in ((ROW, COL), (COL, ROW))
+        for cut in range(n + 1, ndim)
+    ]
+
+    def cost(candidate):
+        torn = [size for size, u, v in zip(sizes, moved, candidate[0]) if u != v]
+        return math.prod(max(2, size) for size in torn)
+
+    return min(candidates, key=cost, default=(list(moved), False))
 
 
 def _with_factors(w: LowRankArray, a, b, groups) -> LowRankArray:
@@ -113,7 +117,8 @@ def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
             factors[other] = _lose(*factors[other], axis)
             factors[new] = _block_diagonal(*factors[new], axis, w.shape[axis])
     (a, _), (b, _) = factors[COL], factors[ROW]
-    if list(target) != groups(w) and a.size + b.size >= w.size:
+    size = a.size + b.size
+    if size > w.a.size + w.b.size and size >= w.size:
         raise NotLazy(
             f"{operation} mixes batch, row and column axes, and at the rank that this "
             "takes the factors would be larger than the weight"
@@ -125,7 +130,8 @@ def _lose(factor, labels, axis: int):
     """The factor with `axis` in its rank: `(axis, rank, …)` as `(axis · rank, …)`."""
     rest = [i for i in labels if i not in (axis, "rank")]
     factor = arrange(factor, labels, [axis, "rank", *rest])
-    return factor.reshape(-1, *factor.shape[2:]), ["rank", *rest]
+    rank = factor.shape[0] * factor.shape[1]
+    return factor.reshape(rank, *factor.shape[2:]), ["rank", *rest]
 
 
 def _block_diagonal(factor, labels, axis: int, size: int):
@@ -138,7 +144,8 @@ def _block_diagonal(factor, labels, axis: int, size: int):
     eye = jnp.eye(size, dtype=factor.dtype)
     factor = factor * jnp.expand_dims(eye, range(2, factor.ndim))
     # (axis, axis, rank, …) -> (axis, axis · rank, …)
-    return factor.reshape(size, -1, *factor.shape[3:]), [axis, "rank", *rest]
+    rank = size * factor.shape[2]
+    return factor.reshape(size, rank, *factor.shape[3:]), [axis, "rank", *rest]
 
 
 @linear(lax.reshape_p)

@@ -39,8 +39,9 @@ def gather(
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     kept = [i for i in range(w.ndim) if i not in dropped]
     ids = [("id", i) for i in range(indices.ndim - 1)]
-    indexed = {*numbers.start_index_map, *numbers.operand_batching_dims}
-    cut = {i for i in indexed if slice_sizes[i] != w.shape[i] or i in dropped}
+    cut = {*numbers.start_index_map, *numbers.operand_batching_dims}
+    if not _fills(params):  # Where a slice is all of an axis, there is no choice.
+        cut = {i for i in cut if slice_sizes[i] != w.shape[i] or i in dropped}
 
     def look_up(factor, labels):
         """The factor's own part of the lookup: its axes are `(*ids, *kept)`."""

@@ -4,6 +4,7 @@ A sharding is that of the dense array. Each factor takes the entries of the axes
 holds, and its rank axis is replicated.
 """
 
+import jax
 import jax.tree_util as jtu
 import quax
 from jax import lax
@@ -17,7 +18,7 @@ from jax.extend.core.primitives import (
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._array import FactoredArray, LoraArray, LowRankArray
-from .._compat import pvary_p
+from .._compat import pvary_p, reshard_p
 from ._register import variadic
 
 
@@ -27,8 +28,8 @@ def _on_each_part(primitive):
         return jtu.tree_map(lambda x: primitive.bind(x, **params), w)
 
 
-for primitive in (copy_p, name_p, stop_gradient_p, pvary_p):
-    _on_each_part(primitive)
+for _primitive in (copy_p, name_p, stop_gradient_p, pvary_p):
+    _on_each_part(_primitive)
 
 
 @variadic(lax.optimization_barrier_p)
@@ -71,12 +72,21 @@ def _(w: FactoredArray, *, sharding, **params):
     return _place(w, sharding, lax.with_sharding_constraint)
 
 
-@quax.register(device_put_p)
-def _(w: FactoredArray, *, devices, srcs, copy_semantics):
-    def bind(x, device):
-        params = dict(devices=(device,), srcs=srcs, copy_semantics=copy_semantics)
-        [out] = device_put_p.bind(x, **params)
-        return out
+@quax.register(reshard_p)
+def _(w: FactoredArray, *, dst_sharding, **params):
+    del params  # The mesh, which the sharding names too.
+    return _place(w, dst_sharding, jax.reshard)
 
-    [device] = devices
-    return [_place(w, device, bind)]
+
+@variadic(device_put_p)
+def device_put(*operands, devices, srcs, copy_semantics):
+    out = []
+    for x, *of_x in zip(operands, devices, srcs, copy_semantics):
+
+        def bind(x, device, src=of_x[1], semantics=of_x[2]):
+            params = dict(devices=(device,), srcs=(src,), copy_semantics=(semantics,))
+            return device_put_p.bind(x, **params)[0]
+
+        factored = isinstance(x, FactoredArray)
+        out.append(_place(x, of_x[0], bind) if factored else bind(x, of_x[0]))
+    return out

@@ -16,7 +16,7 @@ from ._register import linear, NotLazy
 @linear(lax.convert_element_type_p)
 def convert_element_type(w: LowRankArray, *, new_dtype, **params):
     del params
-    if not jnp.issubdtype(new_dtype, jnp.floating):
+    if not jnp.issubdtype(new_dtype, jnp.inexact):
         raise NotLazy(f"a cast to {jnp.dtype(new_dtype).name} is not linear")
     return w.replace(a=w.a.astype(new_dtype), b=w.b.astype(new_dtype))
 
