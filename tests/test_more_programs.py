@@ -119,6 +119,19 @@ def test_shard_map(spec, inside):
         check(inner, mapped, args)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_all_gather(axis):
+    """Weights sharded at rest, and gathered where they are used."""
+
+    def local(w, x):
+        return jnp.tanh(x @ lax.all_gather(w, "i", axis=axis, tiled=True).T)
+
+    w_spec = P("i", None) if axis == 0 else P(None, "i")
+    specs = dict(in_specs=(w_spec, P("i")), out_specs=P("i"))
+    mapped = jax.shard_map(local, mesh=_mesh(AxisType.Auto), **specs)
+    check(quax.quaxify(mapped), mapped, (lora((4, 6)), x(8, 6)))
+
+
 @pytest.mark.parametrize("spec", [P("i", None), P(None, "i"), P(None, None)])
 def test_sharding_constraint(spec):
     sharding = NamedSharding(_mesh(AxisType.Auto), spec)

@@ -256,6 +256,8 @@ PROGRAMS = {
     "repeat": (lambda w, x: jnp.repeat(w, 2, 0) @ x, MATRIX, (3,)),
     "tile": (lambda w, x: jnp.tile(w, (2, 1)) @ x, MATRIX, (3,)),
     "split": (lambda w, x: jnp.split(w, (2, 3))[2] @ x, MATRIX, (3,)),
+    "unstack": (lambda w, x: jnp.unstack(w)[1] @ x, STACK, (3,)),
+    "unstack, rows": (lambda w, x: jnp.unstack(w)[1] * x, MATRIX, (3,)),
     "pad": (
         lambda w, x: jnp.pad(w, ((1, 2), (0, 1)), constant_values=2.0) @ x,
         MATRIX,

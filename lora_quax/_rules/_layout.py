@@ -277,6 +277,12 @@ def split(w: LowRankArray, *, sizes, axis):
     return out
 
 
+@linear(lax.unstack_p)
+def unstack(w: LowRankArray, *, axis):
+    parts = split(w, sizes=(1,) * w.shape[axis], axis=axis)
+    return [squeeze(part, dimensions=(axis,)) for part in parts]
+
+
 @linear(lax.pad_p, affine=lambda params: True)
 def pad(w: LowRankArray, padding_value, *, padding_config):
     del padding_value  # The base is padded with it, and the update with zeros.
