@@ -8,7 +8,7 @@ import wadler_lindig as wl
 from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
-from ._array import aval_of, check_weight
+from ._check import aval_of, check_weight
 
 
 class FullArray(quax.ArrayValue):

@@ -14,15 +14,8 @@ from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from . import _init
-from ._array import (
-    aval_of,
-    check_alpha,
-    check_key,
-    check_rank,
-    LoraArray,
-    LowRankArray,
-    make,
-)
+from ._array import LoraArray, LowRankArray, make
+from ._check import aval_of, check_alpha, check_key, check_rank
 from ._full import FullArray
 from ._init import Initialiser
 from ._paths import is_value, Leaf, named
@@ -114,7 +107,7 @@ def loraify(
     nothing, or one of the targets, matched nothing; if a selected weight is missing,
     adapted already, a vector, or not a floating-point array.
     """
-    check_rank(rank)
+    rank = check_rank(rank)
     check_alpha(alpha, rank)
     if not isinstance(key, jax.ShapeDtypeStruct):
         check_key(key)

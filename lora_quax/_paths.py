@@ -10,7 +10,8 @@ import jax.tree_util as jtu
 import numpy as np
 import quax
 
-from ._array import aval_of, FactoredArray
+from ._array import FactoredArray
+from ._check import aval_of
 from ._full import FullArray
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import equinox as eqx
 import numpy as np
 
-from ._array import aval_of
+from ._check import aval_of
 from ._paths import is_adapted, is_array, is_float, join, known_axes, Leaf, named, walk
 from ._targets import (
     Adapt,

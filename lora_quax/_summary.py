@@ -11,7 +11,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ._array import aval_of, LoraArray, LowRankArray
+from ._array import LoraArray, LowRankArray
+from ._check import aval_of
 from ._full import FullArray
 from ._merge import refuse_missing
 from ._paths import dotted, is_float

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from ._array import check_alpha, check_rank
+from ._check import check_alpha, check_rank
 from ._init import Initialiser
 
 

@@ -14,6 +14,14 @@ import pytest  # noqa: E402
 jaxtyping.install_import_hook("lora_quax", "beartype.beartype")
 
 
+@pytest.fixture
+def x64():
+    import jax
+
+    with jax.enable_x64(True):
+        yield
+
+
 class _GetKey:
     """A fresh random key for every call; its seed is printed when a test fails, and
     `GETKEY_SEED` in the environment sets it."""

@@ -14,7 +14,7 @@ import quax
 from jax import lax
 from jaxtyping import Array
 
-from lora_quax import LoraArray, LowRankArray
+from lora_quax import LoraArray, loraify, LowRankArray
 
 
 # Arrays. Every kind has nonzero factors, a scaling other than 1 and a random base.
@@ -67,6 +67,16 @@ def nested(shape, *, rank=2, seed=0, **kwargs) -> LoraArray:
 def on_scaled(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArray:
     array = jr.normal(jr.key(seed), shape, dtype)
     return _lora(Scaled(array, jnp.asarray(0.7, dtype)), rank, seed, **kwargs)
+
+
+def adapted(model, rank=2, **kwargs):
+    """A model with nonzero factors, and a scaling other than 1."""
+    return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
+
+
+def x(*shape, seed=7):
+    """An input."""
+    return jr.normal(jr.key(seed), shape)
 
 
 KINDS = {

@@ -12,13 +12,14 @@ import optax
 import pytest
 import quax
 from helpers import (
+    adapted,
     assert_close,
     check,
     densify,
     equations,
     lora,
-    normal,
     value_and_grads,
+    x,
 )
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -26,18 +27,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from lora_quax import filter_value_and_grad, loraify, merge, partition
 
 
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
-
-
-def x(*shape, seed=7):
-    return jr.normal(jr.key(seed), shape)
-
-
-def adapted(model, rank=2, **kwargs):
-    return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 # Layers with state.

@@ -13,10 +13,7 @@ from jax import lax
 from lora_quax._product import contract, thin_dot_general
 
 
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 # name: (shape of u, shape of v, dimension numbers)

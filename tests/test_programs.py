@@ -12,32 +12,22 @@ import jax.random as jr
 import pytest
 import quax
 from helpers import (
+    adapted,
     assert_close,
     check,
     densify,
     DERIVATIVES,
     lora,
-    normal,
     scalar,
     TRANSFORMS,
+    x,
 )
 from jax import lax
 
-from lora_quax import loraify, MaterialiseError
+from lora_quax import MaterialiseError
 
 
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
-
-
-def x(*shape, seed=7):
-    return jr.normal(jr.key(seed), shape)
-
-
-def adapted(model, rank=2, **kwargs):
-    return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def _call(model, x):

@@ -4,7 +4,6 @@ import equinox as eqx
 import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
-import jax.random as jr
 import pytest
 import quax
 from helpers import (
@@ -17,6 +16,7 @@ from helpers import (
     KINDS,
     lora,
     TRANSFORMS,
+    x,
 )
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
@@ -24,14 +24,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from lora_quax import MaterialiseError
 
 
-@pytest.fixture(autouse=True)
-def _x64():
-    with jax.enable_x64(True):
-        yield
-
-
-def x(*shape, seed=7):
-    return jr.normal(jr.key(seed), shape, jnp.float64)
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def _dot(contract, batch=((), ())):
