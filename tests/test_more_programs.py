@@ -117,8 +117,10 @@ def test_all_gather(axis):
         return jnp.tanh(x @ lax.all_gather(w, "i", axis=axis, tiled=True).T)
 
     w_spec = P("i", None) if axis == 0 else P(None, "i")
-    specs = dict(in_specs=(w_spec, P("i")), out_specs=P("i"))
-    mapped = jax.shard_map(local, mesh=_mesh(AxisType.Auto), **specs)
+    mesh = _mesh(AxisType.Auto)
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=(w_spec, P("i")), out_specs=P("i")
+    )
     check(quax.quaxify(mapped), mapped, (lora((4, 6)), x(8, 6)))
 
 
