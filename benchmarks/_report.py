@@ -14,10 +14,12 @@ import jax
 from rich.box import SIMPLE
 from rich.table import Table
 
+import lora_quax
+
 from ._harness import Measurement
 
 
-PACKAGES = ("lora_quax", "quax", "equinox", "jax", "jaxlib", "optax", "numpy")
+PACKAGES = ("quax", "equinox", "jax", "jaxlib", "optax", "numpy")
 
 
 def facts() -> dict[str, Any]:
@@ -30,7 +32,10 @@ def facts() -> dict[str, Any]:
         load=[round(x, 2) for x in os.getloadavg()],
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={
+            "lora_quax": lora_quax.__version__,
+            **{name: importlib.metadata.version(name) for name in PACKAGES},
+        },
     )
 
 
@@ -48,13 +53,6 @@ def _cores() -> int | None:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def table(title: str, measured: Sequence[Measurement]) -> Table:

@@ -101,6 +101,14 @@ def test_the_wide_operand_is_read_as_it_lies():
     assert not across(thin_dot_general)
 
 
+def test_the_wide_operand_moves_to_the_left():
+    a, x = jnp.ones((4, 64)), jnp.ones((512, 64))
+    dot = lambda a, x: thin_dot_general(a, x, (((1,), (1,)), ((), ())))
+    text = jax.jit(dot).lower(a, x).as_text()
+    assert "(tensor<512x64xf64>, tensor<4x64xf64>) -> tensor<512x4xf64>" in text
+    assert dot(a, x).shape == (4, 512)
+
+
 def test_mixed_precision_of_operands():
     u, v = jnp.ones((6, 4), jnp.bfloat16), jnp.ones((2, 4), jnp.bfloat16)
     numbers = (((1,), (1,)), ((), ()))

@@ -356,6 +356,7 @@ DENSE = {
         "scalars",
     },
     "Q(vmap f) of weights": {
+        "a kernel of one",
         "conv, inputs first",
         "conv, inputs first, groups",
         "select",
