@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import tomllib
 from pathlib import Path
 
@@ -48,9 +49,21 @@ def test_commands_name_what_exists():
     used = re.findall(r"pip install -e '\.\[(.*?)\]'", README)
     assert used and set(used) <= extras
     for path in re.findall(
-        r"\b(?:notebooks|lora_quax|tests|benchmarks|\.ci)/[\w./]+", README
+        r"\b(?:notebooks|lora_quax|tests|benchmarks|\.ci)/[\w./-]+", README
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_the_figures_of_speed_are_those_measured():
+    path = ROOT / "benchmarks/results/transformer-base.json"
+    rows = json.loads(path.read_text())["rows"]
+    floor = rows[0]["times"]
+    section = README.split("## Speed")[1].split("## Layout")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    for row, line in zip(rows, lines, strict=True):
+        ratio = statistics.median(t / f for t, f in zip(row["times"], floor))
+        temporary, flops = row["temporary_memory"] / 1e6, row["flops"] / 1e9
+        assert line.endswith(f"| {ratio:.2f} | {temporary:.1f} | {flops:.1f} |")
 
 
 def test_ci_runs_the_commands_of_the_readme():
