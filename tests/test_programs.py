@@ -280,13 +280,16 @@ NESTINGS = [
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers(layer, nesting):
     make, shape, options, call = LAYERS[layer]
-    if "experts" in layer and "vmap" in nesting:
-        pytest.skip("JAX 0.12 has no batching rule for this `ragged_dot_general`")
     model = adapted(make(jr.key(0)), **options)
     params, static = eqx.partition(model, eqx.is_array)
     program = lambda params, x: call(eqx.combine(params, static), x)
     transform = TRANSFORMS[nesting]
     args = transform.arguments([params, x(*shape)])
+    if "experts" in layer and "vmap" in nesting:
+        # Nor can JAX, up to 0.12; this says when it can.
+        with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
+            transform.plain(program)(*densify(args))
+        return
     check(transform.ours(program), transform.plain(program), args)
 
 
