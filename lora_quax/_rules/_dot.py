@@ -5,6 +5,9 @@ whatever the program wrote: `dot_general(w, x)` puts the features in front, and 
 transpositions around it cost more than the product with the factors.
 """
 
+import functools as ft
+
+import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
@@ -13,6 +16,7 @@ from jaxtyping import ArrayLike
 from .._array import add, FactoredArray, LoraArray, LowRankArray, scale
 from .._compat import ragged_dot_general_p
 from .._product import arrange, contract, label_sharding
+from .._stored import stored
 from ._register import linear, NotLazy
 
 
@@ -39,7 +43,7 @@ def _product(x, w: FactoredArray, axes, out_sharding, precision, dtype):
         **params,
     )
     delta, delta_labels = _low_rank_product(x, w.delta, axes, out_sharding, **params)
-    return add(out, arrange(delta, delta_labels, labels)), labels
+    return stored(add(out, arrange(delta, delta_labels, labels))), labels
 
 
 def _low_rank_product(
@@ -103,6 +107,18 @@ def _label(x, w, x_contract, w_contract, x_batch, w_batch):
     return (x_labels, w_labels), (batch, x_free, w_free)
 
 
+# Compiled, not for speed but so that like products are traced, differentiated and
+# lowered once: a model has hundreds of products and few kinds of them.
+@ft.partial(
+    jax.jit,
+    static_argnames=(
+        "numbers",
+        "flipped",
+        "precision",
+        "preferred_element_type",
+        "out_sharding",
+    ),
+)
 def _dot_general(
     x, w, numbers, flipped, *, precision, preferred_element_type, out_sharding
 ):
