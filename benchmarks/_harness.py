@@ -2,73 +2,48 @@
 
 A machine's speed drifts by more than what is to be told apart, so nothing is timed on
 its own: every round runs every row once, in an order drawn anew, and what is compared
-is a row's time over the floor's *in the same round*.
+is a row's time over another's *in the same round*.
 """
 
+import contextlib
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import jax
 from tqdm import tqdm
+
+from ._flops import product_flops
+from ._work import Absent, External, Measurement, Row
 
 
 WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way of doing it: `step(state, fixed) -> (state, loss, *rest)`.
+class Runner(Protocol):
+    """A row that is ready to be timed."""
 
-    Every array is an argument, for XLA would fold constants. `state` is donated and fed
-    back, as in a training loop; `fixed` (frozen weights and data) is lent every time.
-    """
+    measurement: Measurement
 
-    name: str
-    step: Callable
-    state: Any
-    fixed: Any
-    bound: float | None = None  # What the ratio to the floor is to stay within.
-    adapted: bool = False  # Rows that compute the same adapted model.
+    def step(self) -> tuple[float, float]:
+        """Takes a step, and returns its time and its check."""
+        ...
 
 
-@dataclass
-class Measurement:
-    """What was found about a row. Times in seconds, sizes in bytes."""
-
-    name: str
-    bound: float | None
-    trace_time: float
-    compile_time: float
-    flops: float
-    bytes_accessed: float
-    temporary_memory: int
-    argument_memory: int
-    losses: list[float]  # Of the warm-up steps.
-    times: list[float]  # One per round.
-
-    @property
-    def time(self) -> float:
-        """The median time of a step."""
-        return statistics.median(self.times)
-
-    def ratios(self, floor: "Measurement") -> list[float]:
-        """This row's time over the floor's, round by round."""
-        return [mine / theirs for mine, theirs in zip(self.times, floor.times)]
-
-
-class _Runner:
+class Compiled:
     """A compiled row, and the state it has reached."""
 
     def __init__(self, row: Row):
+        # So that no row finds what another one has traced.
+        jax.clear_caches()
         start = time.perf_counter()
-        lowered = jax.jit(row.step, donate_argnums=0).lower(row.state, row.fixed)
-        traced = time.perf_counter()
+        traced = jax.jit(row.step, donate_argnums=0).trace(row.state, row.fixed)
+        after_trace = time.perf_counter()
+        lowered = traced.lower()
+        after_lower = time.perf_counter()
         self.compiled = lowered.compile()
-        compiled = time.perf_counter()
+        after_compile = time.perf_counter()
         # What is timed is this executable, the one that the sizes are of. The copy is
         # what gets donated: rows share arrays.
         self.state = jax.tree.map(lambda x: x.copy(), row.state)
@@ -77,59 +52,143 @@ class _Runner:
         assert cost is not None and memory is not None, "this backend tells neither"
         self.measurement = Measurement(
             name=row.name,
-            bound=row.bound,
-            trace_time=traced - start,
-            compile_time=compiled - traced,
+            facts=dict(row.facts),
+            trace_time=after_trace - start,
+            lower_time=after_lower - after_trace,
+            compile_time=after_compile - after_lower,
             flops=cost["flops"],
+            product_flops=product_flops(self.compiled),
             bytes_accessed=cost["bytes accessed"],
             temporary_memory=memory.temp_size_in_bytes,
             argument_memory=memory.argument_size_in_bytes,
-            losses=[],
+            checks=[],
             times=[],
         )
 
     def step(self) -> tuple[float, float]:
-        """Takes a step, and returns its time and its loss."""
         start = time.perf_counter()
-        self.state, loss, *_ = jax.block_until_ready(
+        self.state, check, *_ = jax.block_until_ready(
             self.compiled(self.state, self.fixed)
         )
-        return time.perf_counter() - start, float(loss)
+        return time.perf_counter() - start, float(check)
 
 
-def measure(rows: Sequence[Row], rounds: int) -> list[Measurement]:
+class Remote:
+    """A row in another process, which says itself how long a step took."""
+
+    def __init__(self, row: External):
+        self.process = row.start()
+        self.measurement = Measurement(
+            row.name, versions=self.process.ready["versions"]
+        )
+        self.step = self.process.step
+
+
+class Traced(Compiled):
+    """A row that is traced and lowered anew every time, as in a fresh process."""
+
+    def __init__(self, row: Row):
+        super().__init__(row)
+        self.row = row
+
+    def lower(self):
+        # A new function, for JAX remembers those it has seen.
+        new = lambda state, fixed: self.row.step(state, fixed)
+        return jax.jit(new, donate_argnums=0).lower(self.row.state, self.row.fixed)
+
+    def step(self) -> tuple[float, float]:
+        jax.clear_caches()
+        start = time.perf_counter()
+        self.lower()
+        return time.perf_counter() - start, 0.0
+
+
+class Recompiled(Traced):
+    """A row that is compiled anew every time."""
+
+    def step(self) -> tuple[float, float]:
+        lowered = self.lower()
+        start = time.perf_counter()
+        lowered.compile()
+        return time.perf_counter() - start, 0.0
+
+
+class Called:
+    """A row that is a call from Python, as it is."""
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.measurement = Measurement(row.name, dict(row.facts))
+
+    def step(self) -> tuple[float, float]:
+        start = time.perf_counter()
+        jax.block_until_ready(self.row.step(self.row.state, self.row.fixed))
+        return time.perf_counter() - start, 0.0
+
+
+RUNNERS: dict[str, Callable[[Row], Runner]] = {
+    "run": Compiled,
+    "trace": Traced,
+    "compile": Recompiled,
+    "call": Called,
+}
+
+
+def _prepare(row: Row | External, kind: str) -> Runner:
+    return Remote(row) if isinstance(row, External) else RUNNERS[kind](row)
+
+
+def measure(
+    rows: Sequence[Row | External | Absent],
+    rounds: int,
+    kind: str = "run",
+    rtol: float = 1e-5,
+) -> list[Measurement]:
     """Compiles every row, checks that they agree, and times them, interleaved.
 
     **Arguments:**
 
-    - `rows`: the first is the floor.
+    - `rows`: those that are absent are passed over.
     - `rounds`: how often each is timed.
+    - `kind`: what is timed: `"run"`, a compiled step; `"trace"`, tracing and lowering
+        it; `"compile"`, compiling it; `"call"`, a call that is not compiled.
+    - `rtol`: within which the checks of adapted rows are to agree.
 
     **Raises:** `RuntimeError` if the rows with `adapted` set do not compute the same.
     """
-    runners = [_Runner(row) for row in tqdm(rows, "compiling", leave=False)]
+    present = [row for row in rows if not isinstance(row, Absent)]
+    runners = []
+    with contextlib.ExitStack() as stack:
+        for row in tqdm(present, "compiling", leave=False):
+            runners.append(_prepare(row, kind))
+            if isinstance(runners[-1], Remote):
+                stack.enter_context(runners[-1].process)
+        _time(runners, present, rounds, rtol)
+    return [runner.measurement for runner in runners]
+
+
+def _time(runners: list[Runner], rows: list[Row | External], rounds: int, rtol: float):
     for runner in tqdm(runners, "warming up", leave=False):
-        runner.measurement.losses = [runner.step()[1] for _ in range(WARM_UP)]
-    measured = [runner.measurement for runner in runners]
-    check_agreement([m for m, row in zip(measured, rows) if row.adapted])
+        runner.measurement.checks = [runner.step()[1] for _ in range(WARM_UP)]
+    adapted = [r.measurement for r, row in zip(runners, rows) if row.adapted]
+    check_agreement(adapted, rtol)
     order = random.Random(0)
     for _ in tqdm(range(rounds), "rounds", leave=False):
         for runner in order.sample(runners, len(runners)):
             runner.measurement.times.append(runner.step()[0])
-    return measured
 
 
-def check_agreement(measured: Sequence[Measurement], rtol: float = 1e-4) -> None:
-    """That all had the same losses while warming up.
+def check_agreement(measured: Sequence[Measurement], rtol: float) -> None:
+    """That all had the same checks while warming up.
 
-    The first loss compares the models; the later ones, after steps of the optimiser,
-    their gradients.
+    The first compares the models; the later ones, after steps of the optimiser, their
+    gradients.
     """
     for other in measured[1:]:
         first = measured[0]
-        for i, (x, y) in enumerate(zip(first.losses, other.losses)):
+        for i, (x, y) in enumerate(zip(first.checks, other.checks)):
             if not abs(x - y) <= rtol * abs(x):  # Also catches NaN.
                 raise RuntimeError(
                     f"Rows that should compute the same model differ at step {i}: "
-                    f"loss {x!r} of {first.name!r}, but {y!r} of {other.name!r}."
+                    f"{x!r} of {first.name!r}, but {y!r} of {other.name!r}."
                 )

@@ -1,4 +1,4 @@
-"""What was measured, as a table to read and as a file to compare."""
+"""What was measured, as tables to read and as files to compare."""
 
 import dataclasses
 import importlib.metadata
@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ from rich.table import Table
 
 import lora_quax
 
-from ._harness import Measurement
+from ._work import Case, Claim, cores, Measurement, Point
 
 
-PACKAGES = ("quax", "equinox", "jax", "jaxlib", "optax", "numpy")
+PACKAGES = ("quax", "equinox", "jax", "jaxlib", "optax", "numpy", "flax", "qwix")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a case."""
+
+    case: Case
+    rounds: int
+    points: Mapping[str, Point]
+    absent: Mapping[str, str]  # The rows that were left out, and why.
 
 
 def facts() -> dict[str, Any]:
@@ -28,15 +39,20 @@ def facts() -> dict[str, Any]:
     return dict(
         device=f"{device.platform}: {device.device_kind}",
         processor=_processor(),
-        cores=_cores(),
+        cores=cores(),
         load=[round(x, 2) for x in os.getloadavg()],
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
-        packages={
-            "lora_quax": lora_quax.__version__,
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
+        packages={"lora_quax": lora_quax.__version__, **dict(_versions())},
     )
+
+
+def _versions():
+    for name in PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass  # Its row is named as left out.
 
 
 def _processor() -> str:
@@ -48,56 +64,103 @@ def _processor() -> str:
     return platform.processor() or "unknown"
 
 
-def _cores() -> int | None:
-    # Those this process may use, where the system can tell.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+# Header, the figure that stands under it, and its format.
+COLUMNS = {
+    "ms": (lambda m: 1e3 * m.time, ".1f"),
+    "temp. MB": (lambda m: m.temporary_memory / 1e6, ".1f"),
+    "args MB": (lambda m: m.argument_memory / 1e6, ".1f"),
+    "GFLOP": (lambda m: m.flops / 1e9, ".2f"),
+}
+APART = {
+    "trace ms": (lambda m: 1e3 * m.trace_time, ".0f"),
+    "lower ms": (lambda m: 1e3 * m.lower_time, ".0f"),
+    "compile ms": (lambda m: 1e3 * m.compile_time, ".0f"),
+    "grads kB": (lambda m: m.facts["gradient"] / 1e3, ".0f"),
+    "optim. kB": (lambda m: m.facts["optimiser"] / 1e3, ".0f"),
+}
 
 
-def table(title: str, measured: Sequence[Measurement]) -> Table:
-    """A line for each row, the floor first."""
+def tables(title: str, measured: Sequence[Measurement]) -> Iterator[Table]:
+    """What a step takes, and apart from it what it takes to make one.
+
+    There is a line for each row, which is compared with the first.
+    """
+    first = measured[0]
+    comparison = [_compare(m.ratios(first)) for m in measured]
+    headers = [f"÷ {first.name}", "quartiles"]
+    yield _table(title, measured, COLUMNS, headers, comparison)
+    if first.trace_time is not None:
+        yield _table("", measured, APART, [], [[]] * len(measured))
+
+
+def _compare(ratios: list[float]) -> list[str]:
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return [f"{middle:.2f}", f"{low:.2f}–{high:.2f}"]
+
+
+def _table(title, measured, columns, headers, cells) -> Table:
     out = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
     out.add_column("row", no_wrap=True)
-    for header in ("÷ floor", "quartiles", "ms", "temp.\nMB", "args\nMB", "GFLOP"):
+    for header in (*headers, *columns):
         out.add_column(header, justify="right", no_wrap=True)
-    for m in measured:
-        ratios = m.ratios(measured[0])
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        out.add_row(
-            m.name,
-            _against(middle, m.bound),
-            f"{low:.2f}–{high:.2f}",
-            f"{1e3 * m.time:.1f}",
-            f"{m.temporary_memory / 1e6:.1f}",
-            f"{m.argument_memory / 1e6:.1f}",
-            f"{m.flops / 1e9:.1f}",
-        )
+    for m, row in zip(measured, cells):
+        out.add_row(m.name, *row, *(_cell(m, *column) for column in columns.values()))
     return out
 
 
-def _against(ratio: float, bound: float | None) -> str:
-    if bound is None:
-        return f"{ratio:.2f}"
-    colour, sign = ("green", "≤") if ratio <= bound else ("red", ">")
-    return f"[{colour}]{ratio:.2f} {sign} {bound:.2f}[/{colour}]"
+def _cell(m: Measurement, figure: Callable, form: str) -> str:
+    try:
+        return f"{figure(m):{form}}"
+    except (TypeError, KeyError):  # It is None, or there is no such fact.
+        return ""
 
 
-def save(
-    path: Path,
-    settings: dict[str, Any],
-    facts: dict[str, Any],
-    measured: Sequence[Measurement],
-) -> None:
-    """Everything, each single time included, as JSON."""
-    rows = [
-        dict(
-            dataclasses.asdict(m),
-            ratio=statistics.median(m.ratios(measured[0])),
-            time=m.time,
-        )
-        for m in measured
-    ]
-    content = dict(settings=settings, facts=facts, rows=rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def evaluate(result: Result) -> list[tuple[Claim, float | None]]:
+    """The claims of a case, each with the figure that was measured."""
+    return [(claim, claim.value(result.points)) for claim in result.case.claims]
+
+
+def claims(result: Result) -> Table:
+    """What is claimed, what was asked and what was measured."""
+    out = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for header in ("claim", "at most", "measured"):
+        out.add_column(header, justify="left" if header == "claim" else "right")
+    for claim, value in evaluate(result):
+        bound = "" if claim.bound is None else digits(claim.bound)
+        missed = None not in (value, claim.bound) and not value <= claim.bound
+        colour = "red" if missed else "green"
+        out.add_row(claim.text, bound, f"[{colour}]{digits(value)}[/{colour}]")
+    return out
+
+
+def digits(x: float | None) -> str:
+    """Three digits or so, as the tables and README give a figure."""
+    if x is None:
+        return "not measured"
+    return f"{x:.0f}" if x == 0 or abs(x) >= 100 else f"{x:#.3g}"
+
+
+def save(folder: Path, result: Result, facts: dict[str, Any]) -> Path:
+    """Everything, each single time included, as JSON. Returns the file."""
+    case = result.case
+    content = dict(
+        case=case.name,
+        title=case.title,
+        rounds=result.rounds,
+        facts=facts,
+        claims=[
+            dict(text=claim.text, bound=claim.bound, value=value)
+            for claim, value in evaluate(result)
+        ],
+        points={
+            point: [dataclasses.asdict(m) for m in rows.values()]
+            for point, rows in result.points.items()
+        },
+        absent=result.absent,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{case.name}.json"
+    path.write_text(
+        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    return path

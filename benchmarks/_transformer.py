@@ -1,6 +1,6 @@
-"""The case: a training step of a pre-norm transformer.
+"""A pre-norm transformer, written as an Equinox user writes it.
 
-The model is written as an Equinox user writes it, and has never heard of LoRA.
+It has never heard of LoRA. Beside it, what a step of it costs on paper.
 """
 
 from dataclasses import dataclass
@@ -9,48 +9,30 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import optax
-import quax
 from jaxtyping import Array, Float, PRNGKeyArray
-from quax.examples import lora as quax_lora
 
 import lora_quax
-
-from ._harness import Row
-
-
-LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large a model, and on how much data.
+    """How large a model, and on how much data."""
 
-    `bounds` are what the ratios to the floor of our two rows, `quaxify(vmap(f))` and
-    `vmap(quaxify(f))`, are to stay within. Small models are all overhead: no bounds.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    batch: int
-    tokens: int
-    rank: int
-    bounds: tuple[float | None, float | None] = (None, None)
+    layers: int = 6
+    width: int = 512
+    heads: int = 4
+    batch: int = 4
+    tokens: int = 128
+    rank: int = 8
 
 
+BASE = Size()
 SIZES = {
-    "small": Size(layers=2, width=128, heads=4, batch=4, tokens=32, rank=8),
-    "base": Size(
-        layers=6,
-        width=512,
-        heads=4,
-        batch=4,
-        tokens=128,
-        rank=8,
-        bounds=(1.20, 1.25),
-    ),
+    "small": Size(layers=2, width=256),
+    "base": BASE,
+    "large": Size(layers=12, width=1024, heads=16),
 }
+QUICK = Size(layers=1, width=64, tokens=16)
 
 
 class Block(eqx.Module):
@@ -118,146 +100,50 @@ def loss_fn(model, x, y):
     return jnp.mean((jax.vmap(model)(x) - y) ** 2)
 
 
-class LoraLinear(eqx.Module):
-    """LoRA as it is written by hand in Equinox: a wrapper round the layer."""
+def make(size: Size, key: PRNGKeyArray, dtype=jnp.float32):
+    """A model, the same with a `LoraArray` in each linear layer, and a batch.
 
-    linear: eqx.nn.Linear
-    a: Float[Array, "rank in"]
-    b: Float[Array, "out rank"]
-
-    def __call__(self, x: Float[Array, "in"]):
-        return self.linear(x) + self.b @ (self.a @ x)
-
-
-def rows(size: Size) -> list[Row]:
-    """Every way of taking the step, on the same weights, factors and data.
-
-    All train by Adam; the LoRA rows hand only their factors to it, whichever library
-    they come from, and each has the same nonzero factors with a scaling of 1.
+    The factors are in float32 at least, both nonzero, and the scaling is 1.
     """
-    model_key, lora_key, x_key, y_key = jr.split(jr.key(0), 4)
+    model_key, lora_key, x_key, y_key = jr.split(key, 4)
     shape = (size.batch, size.tokens, size.width)
-    data = jr.normal(x_key, shape), jr.normal(y_key, shape)
+    # The loss, to compare, is in float32 whatever the model is in.
+    data = jr.normal(x_key, shape, dtype), jr.normal(y_key, shape)
     model = Transformer(size, model_key)
-    ours = lora_quax.loraify(
-        model, size.rank, lora_key, init_b=jax.nn.initializers.normal(0.02)
+    model = jax.tree.map(
+        lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x, model
     )
-    by_hand, example = _by_hand(model, ours), _quax_example(model, ours, size.rank)
-    outside = quax.quaxify(loss_fn)
-
-    def inside(model, x, y):
-        return loss_fn(quax.quaxify(model), x, y)
-
-    return [
-        _floor("floor (frozen)", model, data),
-        _training(
-            "hand-written LoRA",
-            eqx.partition(by_hand, _factors(by_hand, LoraLinear)),
-            loss_fn,
-            data,
-            adapted=True,
-        ),
-        _training(
-            "quax.examples.lora",
-            eqx.partition(example, _factors(example, quax_lora.LoraArray)),
-            outside,
-            data,
-            adapted=True,
-        ),
-        _training(
-            "full fine-tuning",
-            eqx.partition(model, eqx.is_inexact_array),
-            loss_fn,
-            data,
-        ),
-        _training(
-            "ours, quaxify(vmap(f))",
-            lora_quax.partition(ours),
-            outside,
-            data,
-            bound=size.bounds[0],
-            adapted=True,
-        ),
-        _training(
-            "ours, vmap(quaxify(f))",
-            lora_quax.partition(ours),
-            inside,
-            data,
-            bound=size.bounds[1],
-            adapted=True,
-        ),
-    ]
+    init_b = jax.nn.initializers.normal(0.02)
+    return model, lora_quax.loraify(model, size.rank, lora_key, init_b=init_b), data
 
 
-def _floor(name, model, data) -> Row:
-    """What no fine-tuning that reaches the first layer can avoid computing."""
-    arrays, static = eqx.partition(model, eqx.is_array)
-
-    def step(state, fixed):
-        arrays, (x, y) = fixed
-        model = eqx.combine(arrays, static)
-        loss, grad = jax.value_and_grad(loss_fn, argnums=1)(model, x, y)
-        return state, loss, grad
-
-    return Row(name, step, (), (arrays, data))
+def factors(size: Size) -> int:
+    """How many numbers the factors hold."""
+    return size.layers * size.rank * sum(m + n for m, n in _linears(size))
 
 
-def _training(name, partitioned, loss_fn, data, **kwargs) -> Row:
-    """A step of Adam on the first part of a partitioned model."""
-    params, rest = partitioned
-    frozen, static = eqx.partition(rest, eqx.is_array)
-    optim = optax.adam(LEARNING_RATE)
-
-    def step(state, fixed):
-        params, opt_state = state
-        frozen, (x, y) = fixed
-
-        def objective(params):
-            return loss_fn(eqx.combine(params, frozen, static), x, y)
-
-        loss, grads = jax.value_and_grad(objective)(params)
-        updates, opt_state = optim.update(grads, opt_state)
-        return (optax.apply_updates(params, updates), opt_state), loss
-
-    return Row(name, step, (params, optim.init(params)), (frozen, data), **kwargs)
+def floor_products(size: Size) -> float:
+    """The operations of the products of the frozen model, forward and backward."""
+    tokens = size.batch * size.tokens
+    weights = size.layers * sum(fan_in * fan_out for fan_in, fan_out in _linears(size))
+    # Logits and averages; each takes part in two products of the backward pass.
+    attention = size.layers * 2 * tokens * size.tokens * size.width
+    return 2 * (2 * tokens * weights + 3 * attention)
 
 
-def _is_linear(x) -> bool:
-    return isinstance(x, eqx.nn.Linear)
+def lora_products(size: Size) -> float:
+    """The same for a step of LoRA on every linear layer.
+
+    Three thin products read the input or make its cotangent, and three read or make
+    those of the output. Nothing that is before the first q, k and v trains, so the
+    cotangents of their inputs, which the floor computes, are not needed.
+    """
+    tokens = size.batch * size.tokens
+    unneeded = 3 * (size.width**2 + size.width * size.rank)
+    return floor_products(size) + 2 * tokens * (3 * factors(size) - unneeded)
 
 
-def _by_hand(model, ours):
-    """`model` with the factors of `ours`, in the wrapper."""
-
-    def wrap(x, y):
-        return LoraLinear(x, y.weight.a, y.weight.b) if _is_linear(x) else x
-
-    return jax.tree.map(wrap, model, ours, is_leaf=_is_linear)
-
-
-def _quax_example(model, ours, rank):
-    """`model` with the factors of `ours`, in Quax's example, which swaps the names."""
-
-    def refill(x, y):
-        if not _is_linear(x):
-            return x
-        factors = y.weight.b, y.weight.a
-        return eqx.tree_at(lambda x: (x.weight.a, x.weight.b), x, factors)
-
-    example = quax_lora.loraify(model, rank=rank, key=jr.key(0))
-    return jax.tree.map(refill, example, ours, is_leaf=_is_linear)
-
-
-def _factors(model, cls):
-    """A filter spec, true at the fields `a` and `b` of each instance of `cls`."""
-
-    def is_adapter(x):
-        return isinstance(x, cls)
-
-    def spec(x):
-        spec = jax.tree.map(lambda _: False, x)
-        if is_adapter(x):
-            spec = eqx.tree_at(lambda s: (s.a, s.b), spec, (True, True))
-        return spec
-
-    return jax.tree.map(spec, model, is_leaf=is_adapter)
+def _linears(size: Size) -> list[tuple[int, int]]:
+    """(in, out) of q, k, v, o, up and down."""
+    w = size.width
+    return [(w, w)] * 4 + [(w, 4 * w), (4 * w, w)]

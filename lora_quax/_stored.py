@@ -8,6 +8,7 @@ On other platforms a barrier would keep a product from being fused with what fol
 it. A primitive is the identity there.
 """
 
+import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -17,8 +18,11 @@ stored_p = Primitive("stored")
 
 
 def stored(x):
-    """`x`."""
-    return stored_p.bind(x)
+    """`x`, an array or a `quax.Value`, and not what it was made of.
+
+    Of what depends on it linearly the same holds: a cotangent is stored as well.
+    """
+    return jax.tree.map(stored_p.bind, x)
 
 
 stored_p.def_impl(lambda x: x)

@@ -206,7 +206,25 @@ COMPILED = {
     "jit(grad(Q f))": lambda f: jax.jit(
         jax.grad(lambda w, x: quax.quaxify(f)(w, x).sum())
     ),
+    "Q(vmap(jit f))": lambda f: quax.quaxify(jax.vmap(jax.jit(f), (None, 1))),
+    "vmap(Q(jit f))": lambda f: jax.vmap(quax.quaxify(jax.jit(f)), (None, 1)),
+    "grad(Q(jit f))": lambda f: jax.grad(
+        lambda w, x, g=jax.jit(f): quax.quaxify(g)(w, x).sum()
+    ),
+    "jit(Q(checkpoint f))": lambda f: jax.jit(quax.quaxify(jax.checkpoint(f))),
+    "jit(Q(scan f))": lambda f: jax.jit(quax.quaxify(_scanned(f))),
+    "jit(scan(Q f))": lambda f: jax.jit(_scanned(quax.quaxify(f))),
+    "jit(jvp(Q f))": lambda f: jax.jit(
+        lambda w, x: jax.jvp(lambda x: quax.quaxify(f)(w, x), (x,), (x,))
+    ),
+    "jit(hessian(Q f))": lambda f: jax.jit(
+        jax.hessian(lambda w, x: quax.quaxify(f)(w, x).sum(), 1)
+    ),
 }
+
+
+def _scanned(f):
+    return lambda w, xs: lax.scan(lambda c, x: (c + f(w, x).sum(), None), 0.0, xs)[0]
 
 
 @pytest.mark.parametrize("nesting", COMPILED)

@@ -15,6 +15,7 @@ from helpers import (
     formed,
     KINDS,
     lora,
+    Scaled,
     TRANSFORMS,
     x,
 )
@@ -483,6 +484,65 @@ def test_dot_parameters_reach_the_right_product(side, preferred):
     assert [e.params["precision"] for e in dots] == [(of_u, of_w)] * 3
     if preferred is not None:
         assert all(e.params["preferred_element_type"] == preferred for e in dots)
+
+
+@pytest.mark.parametrize("preferred", [None, jnp.float32])
+@pytest.mark.parametrize("kernel", ["OIHW", "IOHW"])
+def test_convolution_parameters_reach_the_right_product(kernel, preferred):
+    # Rows alone, and columns alone: the product at each point is last, and first.
+    w = lora((4, 3, 2, 2), cols=3, dtype=jnp.float32)
+    w = jax.tree.map(lambda y: y.astype(jnp.bfloat16), w)
+    u = x(2, 3 if kernel == "OIHW" else 4, 5, 5).astype(jnp.bfloat16)
+    precision = (lax.Precision.HIGHEST, lax.Precision.DEFAULT)
+
+    def fn(w, u):
+        return lax.conv_general_dilated(
+            u,
+            w,
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NCHW", kernel, "NCHW"),
+            precision=precision,
+            preferred_element_type=preferred,
+        )
+
+    out, plain = quax.quaxify(fn)(w, u), fn(densify(w), u)
+    assert out.dtype == plain.dtype
+    assert_close(out.astype(float), plain.astype(float), rtol=0.1, atol=0.5)
+    jaxpr = jax.make_jaxpr(quax.quaxify(fn))(w, u)
+    products = [e for e in equations(jaxpr) if "precision" in e.params]
+    found = {str(e.primitive): e.params["precision"] for e in products}
+    assert found["conv_general_dilated"] == precision
+    assert found["thin_dot_general"] == precision[::-1]  # The weight comes first.
+
+
+class Lazy(Scaled):
+    """A value of which products are again values."""
+
+
+@quax.register(lax.dot_general_p)
+def _(w: Lazy, x: jax.Array, **params):
+    return Lazy(lax.dot_general_p.bind(w.array, x, **params), w.scale)
+
+
+@quax.register(lax.dot_general_p)
+def _(x: jax.Array, w: Lazy, **params):
+    return Lazy(lax.dot_general_p.bind(x, w.array, **params), w.scale)
+
+
+@quax.register(lax.add_p)
+def _(u: Lazy, v: jax.Array):
+    return Lazy(u.array + v / u.scale, u.scale)
+
+
+def test_a_base_whose_products_are_values():
+    w = lora((5, 3))
+    lazy = w.replace(base=Lazy(w.base, jnp.array(2.0)))
+    fn = lambda w, x: lax.dot_general(x, w, (((1,), (1,)), ((), ())))
+    out = quax.quaxify(fn)(lazy, x(4, 3))
+    assert isinstance(out, Lazy)
+    plain = densify(w.replace(base=2.0 * w.base))
+    assert_close(out.materialise(), fn(plain, x(4, 3)))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,4 +1,4 @@
-"""`conv_general_dilated`: two convolutions, of which one is pointwise.
+"""`conv_general_dilated`: a convolution, and a product at every point.
 
 The update of a kernel `W[o, i, k] = Σ_r b[o, r] a[r, i, k]` is convolved with `a`, to
 `rank` channels, and then taken to `o` by `b` at every point. Where rows and columns
@@ -7,11 +7,15 @@ alone, and the pointwise map comes first. With feature groups each group meets i
 rows of the grouped kernel, and all of them the same columns; so merged equals unmerged.
 """
 
+import math
+from collections.abc import Hashable
+
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import reshard
 
 from .._array import LowRankArray, scale
-from .._product import arrange
+from .._product import arrange, contract
 from ._layout import COL, groups, ROW
 from ._register import linear, NotLazy
 
@@ -54,41 +58,84 @@ def conv_general_dilated(
     if preferred_element_type is not None:
         preferred_element_type = jnp.promote_types(dtype, preferred_element_type)
 
-    def convolve(x, kernel, numbers, batch_groups, **params):
+    params = dict(precision=precision, preferred_element_type=preferred_element_type)
+    x, kernel, point = (y.astype(dtype) for y in (x, kernel, point))
+    spec = tuple(range(len(lhs_spec)))  # Of our kernels: (out, in, *window).
+
+    def convolve(x, kernel, numbers, batch_groups, **of_result):
         return lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            dimension_numbers=lax.ConvDimensionNumbers(*numbers),
-            feature_group_count=feature_group_count,
-            batch_group_count=batch_groups,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
+            x,
+            kernel,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            lax.ConvDimensionNumbers(*numbers),
+            feature_group_count,
+            batch_groups,
             **params,
+            **of_result,
         )
 
-    whole = dict(
-        window_strides=window_strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-    )
-    pointwise = dict(window_strides=[1] * len(window), padding=[(0, 0)] * len(window))
-    spec = tuple(range(len(lhs_spec)))  # Of our kernels: (out, in, *window).
-    repeats = (feature_group_count, *(1,) * (len(spec) - 1))
-
-    def point_kernel(order):
-        matrix = arrange(point, point_labels, order)
-        return matrix.reshape(*matrix.shape, *(1,) * len(window))
-
+    # Each group has its own rows, and all have the same columns.
     if out_axis in point_labels:
         down = arrange(kernel, labels, ["rank", in_axis, *window])
-        down = jnp.tile(down, repeats)
-        z = convolve(x, down, (lhs_spec, spec, out_spec), 1, **whole)
-        up = scale(point_kernel([out_axis, "rank"]), w.scaling)
-        numbers = (out_spec, spec, out_spec)
-        return convolve(z, up, numbers, batch_group_count, **pointwise, **of_result)
-    down = jnp.tile(point_kernel(["rank", in_axis]), repeats)
-    z = convolve(x, down, (lhs_spec, spec, lhs_spec), 1, **pointwise)
+        down = jnp.tile(down, (feature_group_count, *(1,) * (len(spec) - 1)))
+        z = convolve(x, down, (lhs_spec, spec, out_spec), 1)
+        up = scale(arrange(point, point_labels, [out_axis, "rank"]), w.scaling)
+        n_groups = feature_group_count * batch_group_count
+        if n_groups > 1:
+            up = up.reshape(n_groups, -1, w.rank)
+        z, z_labels = _split(z, out_spec, feature_group_count, batch_group_count)
+        out = _at_each_point(z, z_labels, up.astype(z.dtype), out_spec, **params)
+        out_sharding = of_result.get("out_sharding")
+        return out if out_sharding is None else reshard(out, out_sharding)
+    x, x_labels = _split(x, lhs_spec, feature_group_count, 1)
+    down = arrange(point, point_labels, ["rank", in_axis])
+    z = _at_each_point(x, x_labels, down, lhs_spec, **params)
     up = scale(arrange(kernel, labels, [out_axis, "rank", *window]), w.scaling)
-    numbers = (lhs_spec, spec, out_spec)
-    return convolve(z, up, numbers, batch_group_count, **whole, **of_result)
+    numbers = lhs_spec, spec, out_spec
+    return convolve(z, up.astype(z.dtype), numbers, batch_group_count, **of_result)
+
+
+def _split(x, spec, feature_groups: int, batch_groups: int):
+    """`x` with an axis for its groups, if it has several, and the labels of its axes.
+
+    `spec` says which of the axes are the batch, the features, and space.
+    """
+    labels: list[Hashable] = list(range(x.ndim))
+    shape = list(x.shape)
+    labels[spec[1]] = "feature"
+    if (n_groups := feature_groups * batch_groups) > 1:
+        axis = spec[0] if batch_groups > 1 else spec[1]
+        labels.insert(axis, "group")
+        shape[axis : axis + 1] = n_groups, shape[axis] // n_groups
+    return x.reshape(shape), labels
+
+
+def _at_each_point(x, labels, matrix, spec, *, precision, preferred_element_type):
+    """The features at each point, by a matrix `(out, in)`, or by one for each group."""
+    matrix_labels = ["group", "out", "feature"][-matrix.ndim :]
+    operands = (x, labels), (matrix, matrix_labels)
+    if spec[1] < len(spec) - 1:  # As the result is wanted: features before space.
+        operands = operands[::-1]
+        precision = precision[::-1] if isinstance(precision, tuple) else precision
+    (u, u_labels), (v, v_labels) = operands
+    out, out_labels = contract(
+        u,
+        u_labels,
+        v,
+        v_labels,
+        keep=["group"],
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    # The new features stand where the old ones stood, as (group, out).
+    grouped = ["group"] if "group" in labels else []
+    order = [i for i in labels if i not in ("group", "feature")]
+    order[spec[1] : spec[1]] = [*grouped, "out"]
+    out = arrange(out, out_labels, order)
+    features = slice(spec[1], spec[1] + len(grouped) + 1)
+    shape = list(out.shape)
+    shape[features] = [math.prod(shape[features])]
+    return out.reshape(shape)

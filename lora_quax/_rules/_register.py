@@ -20,6 +20,7 @@ from .._array import (
     make,
     materialise_or_refuse,
 )
+from .._stored import stored
 
 
 class NotLazy(Exception):
@@ -131,7 +132,7 @@ def distribute(w: LoraArray, on_base, delta, others: Sequence):
     out = [
         w.replace(base=base, delta=d, stop_gradient=stop_gradient)
         if isinstance(d, LowRankArray)
-        else add(base, d)
+        else stored(add(base, d))
         for base, d in zip(bases if several else [bases], deltas)
     ]
     return out if several else out[0]

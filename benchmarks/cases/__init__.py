@@ -1,0 +1,47 @@
+"""The kinds of work that are measured, one a file."""
+
+from .._transformer import QUICK, SIZES
+from .._work import Case
+from . import (
+    bfloat16,
+    convolution,
+    decode,
+    derivatives,
+    embedding,
+    initialise,
+    lstm,
+    order,
+    prefill,
+    scanned,
+    sweeps,
+    tracing,
+    transformer,
+)
+
+
+def all_cases(quick: bool, torch: str, size: str = "base") -> list[Case]:
+    """Every case.
+
+    **Arguments:**
+
+    - `quick`: small models, to see whether they run.
+    - `torch`: an interpreter that has PyTorch and PEFT.
+    - `size`: of the transformer that is trained.
+    """
+    of = QUICK if quick else SIZES[size]
+    suffix = "" if size == "base" else f"-{size}"
+    return [
+        transformer.case(f"transformer{suffix}", of, torch),
+        bfloat16.case(f"bfloat16{suffix}", of),
+        *sweeps.cases(quick),
+        convolution.case(quick),
+        embedding.case(quick),
+        lstm.case(quick),
+        *scanned.cases(quick),
+        decode.case(quick),
+        prefill.case(quick),
+        derivatives.case(quick),
+        order.case(quick),
+        tracing.case(quick),
+        initialise.case(quick),
+    ]

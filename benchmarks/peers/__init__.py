@@ -1,0 +1,1 @@
+"""The same adapted transformer, in other libraries."""

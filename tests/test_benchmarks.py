@@ -1,0 +1,139 @@
+"""The benchmark suite runs, and what README and its results say of it is so."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import _markdown, _plots, _report
+from benchmarks._flops import product_flops
+from benchmarks._harness import check_agreement, measure
+from benchmarks._process import check_imports
+from benchmarks._work import Absent, Case, Claim, Measurement, Row
+from benchmarks.cases import all_cases
+
+
+CASES = {case.name: case for case in all_cases(quick=True, torch=sys.executable)}
+# The sweeps differ in their sizes alone.
+DISTINCT = set(CASES) - {"width-sweep", "tokens-sweep", "depth-sweep"}
+RESULTS = Path(__file__).parents[1] / "benchmarks/results"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(DISTINCT))
+def test_every_case_runs(name):
+    case = CASES[name]
+    points = {}
+    for point, make in case.points.items():
+        measured = measure(make(), 2, case.measure, case.rtol)
+        points[point] = {m.name: m for m in measured}
+    result = _report.Result(case, 2, points, {})
+    for claim, value in _report.evaluate(result):
+        # Some peers may not be installed here.
+        assert value is None and "peer" in claim.text or math.isfinite(value)
+
+
+def toy(name="toy", factor=2.0, adapted=True) -> Row:
+    def step(state, fixed):
+        state = state + factor * fixed
+        return state, state.sum()
+
+    return Row(name, step, jnp.zeros(3), jnp.ones(3), adapted)
+
+
+def toy_result() -> _report.Result:
+    rows = [toy("floor"), Absent("peer", "not installed"), toy("ours")]
+    points = {str(n): {m.name: m for m in measure(rows, 3)} for n in (1, 2)}
+    claims = [
+        Claim("met", lambda points: 0.5, 1.0),
+        Claim("missed", lambda points: 2.0, 1.0),
+        Claim("reported", lambda points: points["1"]["ours"].checks[0]),
+    ]
+    case = Case("transformer", "Toys", {}, claims)
+    return _report.Result(case, 3, points, {"peer": "not installed"})
+
+
+def test_state_is_fed_back_and_lent_arrays_stay():
+    row = toy()
+    (measured,) = measure([row], 2)
+    assert measured.checks == [6.0, 12.0, 18.0]
+    assert not row.state.is_deleted() and not row.fixed.is_deleted()
+    assert len(measured.times) == 2
+
+
+def test_rows_that_differ_are_an_error():
+    rows = [toy("one"), toy("other", factor=2.001)]
+    with pytest.raises(RuntimeError, match="differ at step 0.*'one'.*'other'"):
+        measure(rows, 2)
+    measure([rows[0], toy("not adapted", factor=3.0, adapted=False)], 2)
+
+
+def test_a_nan_is_a_difference():
+    rows = [Measurement(name, checks=[math.nan]) for name in ("one", "other")]
+    with pytest.raises(RuntimeError, match="nan"):
+        check_agreement(rows, 1e-5)
+
+
+def test_results_are_saved_and_read(tmp_path):
+    result = toy_result()
+    path = _report.save(tmp_path, result, _report.facts())
+    saved = json.loads(path.read_text())
+    assert [claim["value"] for claim in saved["claims"]] == [0.5, 2.0, 6.0]
+    assert saved["absent"] == {"peer": "not installed"}
+    assert len(saved["points"]["2"][1]["times"]) == 3
+    page = _markdown.write(tmp_path, ["transformer"], []).read_text()
+    assert "| missed | 1.00 | 2.00 | **missed** |" in page
+    assert "| met | 1.00 | 0.500 | |" in page.replace("|  |", "| |")
+    assert "Left out: peer (not installed)." in page
+
+
+def test_plots_are_drawn_of_what_there_is(tmp_path):
+    assert list(_plots.draw(tmp_path)) == []
+    result = toy_result()
+    path = _report.save(tmp_path, result, _report.facts())
+    saved = json.loads(path.read_text())
+    saved["points"] = {"1": saved["points"]["1"]}
+    path.write_text(json.dumps(saved))
+    (plot,) = _plots.draw(tmp_path)
+    first = plot.read_bytes()
+    assert first.startswith(b"<?xml")
+    list(_plots.draw(tmp_path))
+    assert plot.read_bytes() == first
+
+
+def test_tables_have_a_line_for_each_row():
+    (measured, _) = toy_result().points.values()
+    first, apart = _report.tables("Toys", list(measured.values()))
+    assert first.row_count == apart.row_count == 2
+
+
+def test_products_are_counted_from_the_text():
+    def f(x, w, v):
+        return jnp.tanh(x @ w) @ v, jnp.einsum("bij,bkj->bik", x[None], x[None])
+
+    x, w, v = jnp.ones((5, 3)), jnp.ones((3, 7)), jnp.ones((7, 2))
+    compiled = jax.jit(f).lower(x, w, v).compile()
+    assert product_flops(compiled) == 2 * (5 * 3 * 7 + 5 * 7 * 2 + 5 * 3 * 5)
+
+
+def test_a_peer_that_is_not_there_is_named():
+    with pytest.raises(ImportError, match="cannot be run"):
+        check_imports("no/such/python", "torch")
+    with pytest.raises(ImportError, match="No module named 'no_such_module'"):
+        check_imports(sys.executable, "no_such_module")
+
+
+def test_results_are_of_the_cases_there_are():
+    """A case that was renamed, or a claim reworded, must be measured again."""
+    cases = {case.name: case for case in all_cases(quick=False, torch=sys.executable)}
+    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    assert set(found) == set(cases)
+    for name, result in found.items():
+        claims = [claim["text"] for claim in result["claims"]]
+        assert claims == [claim.text for claim in cases[name].claims]
+        bounds = [claim["bound"] for claim in result["claims"]]
+        assert bounds == [claim.bound for claim in cases[name].claims]

@@ -1,0 +1,43 @@
+"""The identity, under every transformation; a barrier where one was seen to pay."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import assert_close, lora
+
+from lora_quax._stored import stored
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+TRANSFORMS = {
+    "value": lambda f: f,
+    "jit": jax.jit,
+    "vmap": lambda f: jax.vmap(f, in_axes=1, out_axes=1),
+    "grad": lambda f: jax.grad(lambda x: jnp.sum(jnp.sin(f(x)) ** 2)),
+    "hessian": lambda f: jax.hessian(lambda x: jnp.sum(jnp.sin(f(x)) ** 2)),
+    "jvp": lambda f: lambda x: jax.jvp(f, (x,), (2 * x,)),
+    "transpose": lambda f: lambda x: jax.linear_transpose(f, x)(x),
+    "checkpoint": lambda f: jax.grad(lambda x: jax.checkpoint(f)(x).sum()),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_is_the_identity(transform):
+    transform = TRANSFORMS[transform]
+    x = jnp.arange(6.0).reshape(2, 3)
+    assert_close(transform(stored)(x), transform(lambda x: x)(x))
+
+
+def test_of_a_value_is_that_of_its_leaves():
+    w = lora((3, 2))
+    assert jax.tree.structure(stored(w)) == jax.tree.structure(w)
+    assert_close(stored(w), w)
+
+
+@pytest.mark.parametrize("platform, barriers", [("cpu", 2), ("cuda", 0), ("tpu", 0)])
+def test_a_barrier_on_the_cpu_alone(platform, barriers):
+    # One for the value, and one for its cotangent.
+    f = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(stored(2 * x)))))
+    lowered = f.trace(jnp.ones(3)).lower(lowering_platforms=(platform,))
+    assert lowered.as_text().count("optimization_barrier") == barriers
