@@ -2,7 +2,9 @@
 
 `x · W + (x · aᵀ) · bᵀ` is cheap to add once both products are there, so XLA's CPU
 backend adds it again in every fusion that reads it, and keeps both products alive
-until the backward pass for that. Stored, the step needs less memory and less time.
+until the backward pass for that. So it does with the cotangent of `x`, also such a sum,
+all along the residual stream: a step of many layers then takes time that grows with the
+square of their number. Stored, the step needs less memory and less time.
 
 On other platforms a barrier would keep a product from being fused with what follows
 it. A primitive is the identity there.

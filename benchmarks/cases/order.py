@@ -57,12 +57,12 @@ formed.defvjp(_forward, _backward)
 
 
 def case(quick: bool) -> Case:
-    many = dataclasses.replace(BASE, layers=2, batch=64)
+    many = dataclasses.replace(BASE, layers=2, batch=32)
     sizes = {
         "512 tokens": BASE,
         "512 tokens, rank 256": dataclasses.replace(BASE, rank=256),
-        "8192 tokens": many,
-        "8192 tokens, rank 64": dataclasses.replace(many, rank=64),
+        "4096 tokens": many,
+        "4096 tokens, rank 64": dataclasses.replace(many, rank=64),
     }
     if quick:
         sizes = {"quick": QUICK}

@@ -32,6 +32,8 @@ def _product(x, w: FactoredArray, axes, out_sharding, precision, dtype):
         result = dtype or jnp.promote_types(x.dtype, w.dtype)
         return lax.convert_element_type(out, result), labels
     assert isinstance(w, LoraArray)
+    # Its cotangent, a sum over both products, is stored as the result is.
+    x = stored(x)
     out, labels = contract(
         x,
         x_labels,
