@@ -84,12 +84,12 @@ class Remote:
         self.step = self.process.step
 
 
-class Traced(Compiled):
+class Traced:
     """A row that is traced and lowered anew every time, as in a fresh process."""
 
     def __init__(self, row: Row):
-        super().__init__(row)
         self.row = row
+        self.measurement = Measurement(row.name, dict(row.facts))
 
     def lower(self):
         # A new function, for JAX remembers those it has seen.

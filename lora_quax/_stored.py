@@ -32,8 +32,16 @@ stored_p.def_abstract_eval(lambda x: x)
 ad.deflinear2(stored_p, lambda ct, _: [stored(ct)])
 batching.defvectorized(stored_p)
 mlir.register_lowering(stored_p, mlir.lower_fun(lambda x: x, multiple_results=False))
+
+
+# For fewer numbers, as in decoding one token, a pass more costs more than it saves.
+SMALL = 4096
+
+
+def _on_cpu(x):
+    return x if x.size < SMALL else lax.optimization_barrier(x)
+
+
 mlir.register_lowering(
-    stored_p,
-    mlir.lower_fun(lax.optimization_barrier, multiple_results=False),
-    platform="cpu",
+    stored_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu"
 )
