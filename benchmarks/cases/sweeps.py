@@ -35,10 +35,7 @@ def cases(quick: bool) -> list[Case]:
         _case(
             "tokens",
             # A batch of sequences of one length.
-            {
-                128 * n: dataclasses.replace(SHALLOW, batch=n)
-                for n in (1, 4, 16, 64)
-            },
+            {128 * n: dataclasses.replace(SHALLOW, batch=n) for n in (1, 4, 16, 64)},
             quick,
             [_flat],
         ),
