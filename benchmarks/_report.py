@@ -127,8 +127,9 @@ def claims(result: Result) -> Table:
         out.add_column(header, justify="left" if header == "claim" else "right")
     for claim, value in evaluate(result):
         bound = "" if claim.bound is None else digits(claim.bound)
-        missed = None not in (value, claim.bound) and not value <= claim.bound
-        colour = "red" if missed else "green"
+        colour = "green"
+        if value is not None and claim.bound is not None and not value <= claim.bound:
+            colour = "red"
         out.add_row(claim.text, bound, f"[{colour}]{digits(value)}[/{colour}]")
     return out
 

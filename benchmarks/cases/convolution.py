@@ -107,7 +107,7 @@ def loss_fn(model, images, labels):
 def rows(shape: Shape) -> Sequence[Row]:
     model_key, lora_key, x_key, y_key = jr.split(jr.key(0), 4)
     size = shape.batch, shape.channels, shape.resolution, shape.resolution
-    data = jr.normal(x_key, size), jr.randint(y_key, shape.batch, 0, shape.classes)
+    data = jr.normal(x_key, size), jr.randint(y_key, (shape.batch,), 0, shape.classes)
     model = Network(shape, model_key)
     ours = lora_quax.loraify(
         model, shape.rank, lora_key, init_b=jax.nn.initializers.normal(0.02)
