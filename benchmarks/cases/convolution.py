@@ -128,7 +128,7 @@ def case(quick: bool) -> Case:
         title="A training step of a residual convolutional network",
         points={
             f"batch {n}": lambda n=n: rows(dataclasses.replace(shape, batch=n))
-            for n in ((2,) if quick else (8, 32))
+            for n in ((2,) if quick else (8,))
         },
         claims=[
             at_most("convolutional network: ÷ floor", 1.15, OUTSIDE, "floor"),
@@ -139,4 +139,5 @@ def case(quick: bool) -> Case:
                 "convolutional network: ÷ by hand", 1.00, OUTSIDE, "by hand, Equinox"
             ),
         ],
+        rtol=1e-4,  # Three steps of Adam magnify what is rounded.
     )
