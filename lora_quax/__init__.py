@@ -1,11 +1,13 @@
 """Low-rank adaptation for Equinox, as an array."""
 
 from . import _init as init, _quax_gaps as _quax_gaps, _rules as _rules
+from ._adapter import load_adapter as load_adapter, save_adapter as save_adapter
 from ._array import (
     LoraArray as LoraArray,
     LowRankArray as LowRankArray,
     MaterialiseError as MaterialiseError,
 )
+from ._files import AdapterError as AdapterError
 from ._full import FullArray as FullArray
 from ._loraify import loraify as loraify
 from ._merge import merge as merge, unload as unload
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Adapt",
+    "AdapterError",
     "FullArray",
     "LoraArray",
     "LowRankArray",
@@ -32,9 +35,11 @@ __all__ = [
     "filter_value_and_grad",
     "init",
     "labels",
+    "load_adapter",
     "loraify",
     "merge",
     "partition",
+    "save_adapter",
     "summary",
     "trainable",
     "unload",

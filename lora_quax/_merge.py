@@ -73,9 +73,15 @@ def unload(model: PyTree) -> PyTree:
     return jax.tree.unflatten(treedef, [_base(path, x) for path, x in leaves])
 
 
-def _base(path: str, x) -> Any:
+def origin(x) -> Any:
+    """What an array was before it was adapted."""
     while isinstance(x, LoraArray | FullArray):
         x = x.base
+    return x
+
+
+def _base(path: str, x) -> Any:
+    x = origin(x)
     if isinstance(x, FactoredArray):
         raise ValueError(
             f"{named(path)} is a low-rank array with no base, so that nothing would be "

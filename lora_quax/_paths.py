@@ -108,7 +108,10 @@ class Leaf(NamedTuple):
 
 
 def walk(model) -> list[Leaf]:
-    """The leaves of a model in the order of `jax.tree.flatten`, values being leaves."""
+    """The leaves of a model in the order of `jax.tree.flatten`, values being leaves.
+
+    Among them are the weights of known layers that are missing, which `flatten` skips.
+    """
     leaves = []
 
     def visit(keys, node, modules, layer):
@@ -130,6 +133,11 @@ def walk(model) -> list[Leaf]:
 
     visit((), model, (), None)
     return _largest_in_wrappers(leaves)
+
+
+def leaves_of(model) -> list[Leaf]:
+    """As `walk`, without the weights that are missing."""
+    return [leaf for leaf in walk(model) if leaf.value is not None]
 
 
 def _largest_in_wrappers(leaves: list[Leaf]) -> list[Leaf]:

@@ -112,7 +112,7 @@ def _read_target(target, spec) -> Entry:
     if isinstance(target, type):
         return Entry(target, read_spec(spec, target.__name__), target.__name__)
     if isinstance(target, str | re.Pattern):
-        pattern, is_name = _read_pattern(target)
+        pattern, is_name = read_pattern(target)
         shown = repr(target if isinstance(target, str) else target.pattern)
         return Entry(pattern, read_spec(spec, shown), shown, is_name)
     if callable(target):
@@ -128,7 +128,7 @@ def _read_target(target, spec) -> Entry:
     )
 
 
-def _read_pattern(target: str | re.Pattern) -> tuple[re.Pattern, bool]:
+def read_pattern(target: str | re.Pattern) -> tuple[re.Pattern, bool]:
     """A name matches the last segments of a path, a regular expression all of it."""
     if isinstance(target, re.Pattern):
         return target, False

@@ -1,0 +1,333 @@
+"""An adapter on disk: what trains, and how to put it around the weights again.
+
+A file holds the leaves of `partition(model)[0]`, named by their paths, and for each
+adapted weight a description that mirrors its array: what `describe` writes, `_build`
+reads. A new form of array joins by a case in each.
+"""
+
+import collections
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from ._array import LoraArray, LowRankArray, make
+from ._check import aval_of, check_alpha, check_rank
+from ._files import AdapterError, read_tensors, write_tensors, written_whole
+from ._full import FullArray
+from ._merge import origin, refuse_missing
+from ._paths import dotted, is_adapted, is_value, Leaf, leaves_of, named
+from ._training import partition
+
+
+VERSION = 1
+_KEY = "lora_quax"  # Of the metadata; one, because the library does not sort them.
+
+
+class Adapter(NamedTuple):
+    """What a file holds."""
+
+    weights: dict[str, dict[str, Any]]  # path -> what `describe` says of it
+    tensors: dict[str, np.ndarray]  # path of a leaf -> its value
+
+
+def save_adapter(path: str | os.PathLike, model: PyTree) -> None:
+    """Writes what trains of a model to a file, and nothing else of it.
+
+    ```python
+    lora_quax.save_adapter("digits.safetensors", model)
+    model = lora_quax.load_adapter("digits.safetensors", pretrained)
+    ```
+
+    The file is in the safetensors format: the factors, the values of arrays trained in
+    full and the bases that are not frozen, each in its dtype and named by its path,
+    with a description of the adapted weights in the metadata. It is written beside its
+    goal and moved into place, so that a file that is there is replaced as a whole or
+    not at all.
+
+    **Arguments:**
+
+    - `path`: of the file, in a folder that exists.
+    - `model`: a model with adapted weights.
+
+    **Raises:** `ValueError` if nothing in the model trains, a leaf is missing, or two
+    leaves have the same dotted path; `TypeError` if the model is abstract or traced;
+    `OSError` if the file cannot be written.
+    """
+    adapter = extract(model)
+    about = {"version": VERSION, "weights": adapter.weights}
+    metadata = {_KEY: json.dumps(about, sort_keys=True)}
+    with written_whole(Path(path)) as (new,):
+        write_tensors(new, adapter.tensors, metadata)
+
+
+def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
+    """Puts an adapter around the weights of a model. The model is not changed.
+
+    **Arguments:**
+
+    - `path`: of a file that `save_adapter` wrote.
+    - `model`: the model that was adapted, or one that `loraify` has adapted in the same
+        way, whose factors are replaced. Its arrays may be `jax.ShapeDtypeStruct`s.
+
+    **Returns:** the model with the adapted weights. On the same base it computes what
+    the saved one computed, bit for bit.
+
+    **Raises:** `AdapterError`, which lists everything that is wrong, if the file is not
+    an adapter, is truncated, or is of a newer version; if a tensor of it is missing,
+    unexpected, or of a shape or dtype that does not fit. `FileNotFoundError` if there
+    is no such file.
+    """
+    adapter = read_adapter(path)
+    problems: list[str] = []
+    leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
+    places = leaves_of(model)
+    paths = [place.path for place in places]
+    refuse_ambiguous(path for path in paths if path in adapter.weights)
+    for name in adapter.weights:
+        if name not in paths:
+            problems.append(f"the model has no {named(name)}")
+    skeletons = list(leaves)
+    for i, name in enumerate(paths):
+        if name in adapter.weights:
+            try:
+                base = origin(leaves[i])
+                skeletons[i] = _build(adapter.weights[name], base)
+            except (AttributeError, KeyError, TypeError, ValueError) as e:
+                problems.append(f"{named(name)}: {e}")
+    skeleton = jax.tree.unflatten(treedef, skeletons)
+    refuse_problems(path, problems)
+
+    params, frozen = partition(skeleton)
+    expected = _specs(params)
+    if any(map(is_adapted, leaves)):
+        problems += _differences("the model", _specs(partition(model)[0]), expected)
+    found = {name: (x.shape, x.dtype) for name, x in adapter.tensors.items()}
+    problems += _differences("its description", expected, found)
+    for name, x in adapter.tensors.items():
+        problems += too_wide(name, x)
+    refuse_problems(path, problems)
+    params = jtu.tree_map_with_path(
+        lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
+    )
+    return eqx.combine(params, frozen)
+
+
+def extract(model: PyTree) -> Adapter:
+    """What of a model goes into a file.
+
+    **Raises:** as `save_adapter`.
+    """
+    places = [place for place in leaves_of(model) if is_adapted(place.value)]
+    for place in places:
+        refuse_missing(place.path, place.value)
+    leaves = jtu.tree_flatten_with_path(partition(model)[0])[0]
+    refuse_ambiguous(dotted(keys) for keys, _ in leaves)
+    tensors = {dotted(keys): to_numpy(dotted(keys), x) for keys, x in leaves}
+    weights = {
+        place.path: {**describe(place.value), "layer": describe_layer(place)}
+        for place in places
+    }
+    return Adapter(weights, tensors)
+
+
+def read_adapter(path: str | os.PathLike) -> Adapter:
+    """What is in a file that `save_adapter` wrote.
+
+    **Raises:** as `load_adapter`, but for what depends on a model.
+    """
+    if Path(path).is_dir():
+        raise AdapterError(
+            f"{path} is a folder. An adapter of PEFT is read by `lora_quax.peft.load`."
+        )
+    tensors, metadata = read_tensors(path)
+    if _KEY not in metadata:
+        raise AdapterError(
+            f"{path} is a safetensors file, but no adapter of lora_quax. A file of "
+            "PEFT is read by `lora_quax.peft.load`, together with its configuration."
+        )
+    try:
+        about = json.loads(metadata[_KEY])
+        version, weights = about["version"], about["weights"]
+        if not isinstance(version, int) or not isinstance(weights, dict):
+            raise TypeError(f"got a {type(version).__name__} for the version")
+    except (KeyError, RecursionError, TypeError, ValueError) as e:
+        raise AdapterError(f"{path}: its description cannot be read: {e!r}.") from e
+    if version > VERSION:
+        raise AdapterError(
+            f"{path} was written by a newer lora_quax, in version {version} of the "
+            f"format; this one reads up to {VERSION}."
+        )
+    return Adapter(weights, tensors)
+
+
+# Describing an array, and building it again around a base.
+
+
+def describe(x) -> dict[str, Any]:
+    """What there is to an array beside its numbers, as JSON."""
+    if isinstance(x, LoraArray):
+        return {
+            "form": "lora",
+            "base": describe(x.base),
+            "delta": describe(x.delta),
+            "stop_gradient": x.stop_gradient,
+            "allow_materialise": x.allow_materialise,
+        }
+    shape = list(aval_of(x).shape)
+    if isinstance(x, LowRankArray):
+        return {
+            "form": "low_rank",
+            "shape": shape,
+            "rank": x.rank,
+            "alpha": x.alpha,
+            "rows": x.rows,
+            "cols": x.cols,
+            "dtype": {"a": x.a.dtype.name, "b": x.b.dtype.name},
+            "allow_materialise": x.allow_materialise,
+        }
+    if isinstance(x, FullArray):
+        return {"form": "full", "base": describe(x.base)}
+    return {"form": "array", "shape": shape, "dtype": aval_of(x).dtype.name}
+
+
+def _build(about: dict[str, Any], base) -> Any:
+    """The array described, around `base`, with abstract leaves where it trains.
+
+    **Raises:** `KeyError`, `TypeError` or `ValueError` if the description makes no
+    sense, or not around this base.
+    """
+    form = about["form"]
+    if form == "lora":
+        inner = _build(about["base"], base)
+        delta = _build({**about["delta"], "shape": aval_of(inner).shape}, None)
+        return make(
+            LoraArray,
+            base=inner,
+            delta=delta,
+            stop_gradient=_flag(about["stop_gradient"]),
+            allow_materialise=_flag(about["allow_materialise"]),
+        )
+    if form == "low_rank":
+        return _build_low_rank(**{**about, "shape": tuple(about["shape"])})
+    if form == "full":
+        inner = _build(about["base"], base)
+        aval = aval_of(inner)
+        value = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        return make(FullArray, base=inner, value=value)
+    if form != "array":
+        raise ValueError(f"its form {form!r} is not known")
+    shape = aval_of(base).shape
+    if tuple(about["shape"]) != shape:
+        raise ValueError(f"has shape {shape}; the adapter is for {about['shape']}")
+    return base
+
+
+def _build_low_rank(
+    *, shape, rank, alpha, rows, cols, dtype, allow_materialise, **others
+) -> LowRankArray:
+    del others
+    n = len(shape) - rows - cols
+    if min(n, rows, cols) < 0:
+        raise ValueError(f"has shape {shape}, too few axes for {rows} and {cols}")
+    a_shape = (*shape[:n], rank, *shape[n + rows :])
+    b_shape = (*shape[: n + rows], rank)
+    return make(
+        LowRankArray,
+        a=jax.ShapeDtypeStruct(a_shape, dtype["a"]),
+        b=jax.ShapeDtypeStruct(b_shape, dtype["b"]),
+        rank=check_rank(rank),
+        alpha=check_alpha(alpha, rank),
+        rows=rows,
+        cols=cols,
+        allow_materialise=_flag(allow_materialise),
+    )
+
+
+def _flag(x) -> bool:
+    if not isinstance(x, bool):
+        raise TypeError(f"{x!r} stands where true or false should")
+    return x
+
+
+def describe_layer(place: Leaf) -> dict[str, Any] | None:
+    """The known layer that a leaf is the weight of: another program may need it."""
+    layer = place.layer[1] if place.layer else None
+    for kind in (eqx.nn.Linear, eqx.nn.Embedding):
+        if isinstance(layer, kind):
+            return {"type": kind.__name__}
+    for kind in (eqx.nn.Conv, eqx.nn.ConvTranspose):
+        if isinstance(layer, kind):
+            return {"type": kind.__name__, "groups": layer.groups}
+    return None
+
+
+# What both our own format and PEFT's need.
+
+
+def to_numpy(path: str, x) -> np.ndarray:
+    if isinstance(x, jax.ShapeDtypeStruct | Tracer):
+        what = "traced" if isinstance(x, Tracer) else "abstract"
+        raise TypeError(
+            f"{named(path)} is {what}, so that there are no numbers to write. Save a "
+            "concrete model, outside of `jax.jit` and of other transformations."
+        )
+    return np.asarray(x)
+
+
+def refuse_ambiguous(paths: Iterable[str]) -> None:
+    twice = [named(path) for path, n in collections.Counter(paths).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"Several arrays of the model have the path {', '.join(twice)}, so that a "
+            "name does not say which is meant: a dictionary has a key with a dot in "
+            "it, or keys that differ in type alone."
+        )
+
+
+_Specs = dict[str, tuple[tuple[int, ...], Any]]
+
+
+def _specs(params) -> _Specs:
+    leaves = jtu.tree_flatten_with_path(params)[0]
+    return {dotted(keys): (tuple(x.shape), x.dtype) for keys, x in leaves}
+
+
+def _differences(whose: str, expected: _Specs, found: _Specs) -> list[str]:
+    problems = [f"`{name}` is missing" for name in expected if name not in found]
+    problems += [f"`{name}` is unexpected" for name in found if name not in expected]
+    for name in expected.keys() & found.keys():
+        if expected[name] != found[name]:
+            (shape, dtype), (got, got_dtype) = expected[name], found[name]
+            problems.append(
+                f"`{name}` has shape {got} and type {got_dtype.name}; {whose} has "
+                f"{shape} and {dtype.name}"
+            )
+    return problems
+
+
+def too_wide(name: str, x: np.ndarray) -> list[str]:
+    """The problem, if there is one, that JAX would narrow an array without a word."""
+    if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype:
+        return []
+    return [
+        f"`{name}` is of type {x.dtype.name}, which JAX has with `jax_enable_x64` alone"
+    ]
+
+
+def refuse_problems(path, problems: list[str]) -> None:
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in sorted(problems))
+        raise AdapterError(
+            f"The adapter {path} does not fit the model, of which nothing was changed:"
+            f"{lines}"
+        )

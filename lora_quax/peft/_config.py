@@ -1,0 +1,243 @@
+"""`adapter_config.json`: what of it decides what an adapter computes.
+
+The rules by which PEFT matches names are its own, and are followed to the letter: see
+`check_target_module_exists` and `get_pattern_key` in PEFT 0.21.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .._files import AdapterError, read_json
+
+
+FILE = "adapter_config.json"
+
+# What these say does not change what a finished adapter computes.
+_HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "eva_config",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+# These leave the base as it is; others subtract the first update from it.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The fields of PEFT's `LoraConfig` that decide what an adapter computes."""
+
+    r: int
+    lora_alpha: int | float
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    fan_in_fan_out: bool = False
+    init_lora_weights: bool | str | None = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def rank(self, name: str) -> int:
+        """The rank of the update of a module or, for `target_parameters`, an array."""
+        return _by_pattern(self.rank_pattern, name, self.r)
+
+    def alpha(self, name: str) -> float:
+        """The scaling of the update of a module or an array, times its rank."""
+        alpha = _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        # With rsLoRA the scaling is alpha / √rank: Kalajdzievski, arXiv 2312.03732.
+        return float(alpha * math.sqrt(self.rank(name)) if self.use_rslora else alpha)
+
+    def scaling(self, name: str) -> float:
+        """The scaling of the update of a module or an array."""
+        return self.alpha(name) / self.rank(name)
+
+    def targets(self, module: str) -> bool:
+        """Whether PEFT gives this module an update, if it is of a kind that can."""
+        if _matches(self.exclude_modules, module):
+            return False
+        saved = self.modules_to_save or []
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+            return False
+        if not _matches(self.target_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            return True
+        return self._is_chosen_layer(module)
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether PEFT gives this array an update, by `target_parameters`."""
+        return _matches(self.target_parameters, name)
+
+    def _is_chosen_layer(self, module: str) -> bool:
+        layers = self.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        patterns = _listed(self.layers_pattern)
+        regexes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
+        for regex in regexes or [r".*?\.[^.]*\.(\d+)\."]:
+            if match := re.match(regex, module):
+                return int(match[1]) in _listed(layers)
+        return False
+
+
+def read_config(folder: Path) -> Config:
+    """**Raises:** `AdapterError` if it is no configuration of LoRA, or of a kind of it
+    that is not known here; `FileNotFoundError`."""
+    path = folder / FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. {_what_there_is(folder)}")
+    fields = read_json(path)
+    if fields.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r}."
+        )
+    for name, value in fields.items():
+        if name in _KINDS:
+            kind, is_kind = _KINDS[name]
+            if value is not None and not is_kind(value):
+                raise AdapterError(f"{path}: `{name}` must be {kind}, got {value!r}.")
+        elif name not in _HARMLESS and value not in (None, False, {}, []):
+            raise AdapterError(
+                f"{path}: `{name}` is {value!r}. What an adapter with that computes is "
+                "not known here."
+            )
+    # A field that is null is as good as absent.
+    given = {name: x for name, x in fields.items() if name in _KINDS and x is not None}
+    for name in ("r", "lora_alpha"):
+        if name not in given:
+            raise AdapterError(
+                f"{path}: `{name}` is missing. PEFT would take a default, which may "
+                "not be what the adapter was trained with."
+            )
+    config = Config(**given)
+    _check(path, config)
+    return config
+
+
+def _what_there_is(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder} is no folder."
+    adapters = sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))
+    if not adapters:
+        return "Nor is there one in a folder below."
+    return f"There are adapters of the names {', '.join(map(repr, adapters))}."
+
+
+def _check(path: Path, config: Config) -> None:
+    if config.r < 1 or any(rank < 1 for rank in config.rank_pattern.values()):
+        raise AdapterError(f"{path}: a rank is not positive.")
+    alphas = [config.lora_alpha, *config.alpha_pattern.values()]
+    if not all(map(math.isfinite, alphas)):
+        raise AdapterError(f"{path}: an alpha is not finite.")
+    if config.bias not in ("none", "all", "lora_only"):
+        raise AdapterError(f"{path}: `bias` is {config.bias!r}.")
+    init = config.init_lora_weights
+    if init not in _INITIALISATIONS:
+        raise AdapterError(
+            f"{path}: `init_lora_weights` is {init!r}, by which PEFT takes the initial "
+            "update out of the base when it loads the adapter. Save it in a form that "
+            "works on the untouched base, with PEFT's "
+            "`path_initial_model_for_weight_conversion`."
+        )
+    patterns = [*config.rank_pattern, *config.alpha_pattern]
+    patterns += [] if config.modules_to_save is None else config.modules_to_save
+    for names in (config.target_modules, config.exclude_modules):
+        patterns += [names] if isinstance(names, str) else []
+    patterns += _listed(config.layers_pattern)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as e:
+            raise AdapterError(
+                f"{path}: {pattern!r} is not a regular expression: {e}."
+            ) from e
+
+
+def _is_flag(x) -> bool:
+    return isinstance(x, bool)
+
+
+def _is_integer(x) -> bool:
+    return type(x) is int
+
+
+def _is_number(x) -> bool:
+    return type(x) in (int, float)
+
+
+def _is_list_of(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, list) and all(map(is_kind, x))
+
+
+def _is_mapping_to(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, dict) and all(map(is_kind, x.values()))
+
+
+def _is_text(x) -> bool:
+    return isinstance(x, str)
+
+
+def _any_of(*kinds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda x: any(is_kind(x) for is_kind in kinds)
+
+
+_is_names = _any_of(_is_text, _is_list_of(_is_text))
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": ("an integer", _is_integer),
+    "lora_alpha": ("a number", _is_number),
+    "target_modules": ("a string or a list of strings", _is_names),
+    "exclude_modules": ("a string or a list of strings", _is_names),
+    "layers_pattern": ("a string or a list of strings", _is_names),
+    "target_parameters": ("a list of strings", _is_list_of(_is_text)),
+    "modules_to_save": ("a list of strings", _is_list_of(_is_text)),
+    "rank_pattern": ("a mapping to integers", _is_mapping_to(_is_integer)),
+    "alpha_pattern": ("a mapping to numbers", _is_mapping_to(_is_number)),
+    "use_rslora": ("true or false", _is_flag),
+    "lora_bias": ("true or false", _is_flag),
+    "fan_in_fan_out": ("true or false", _is_flag),
+    "bias": ("a string", _is_text),
+    "init_lora_weights": ("a string, true or false", _any_of(_is_text, _is_flag)),
+    "layers_to_transform": (
+        "an integer or a list of integers",
+        _any_of(_is_integer, _is_list_of(_is_integer)),
+    ),
+}
+
+
+def _by_pattern(patterns: Mapping[str, Any], name: str, default):
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _matches(names: list[str] | str | None, path: str) -> bool:
+    """A list has names or the ends of names, a string is a regular expression."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names or [])
+
+
+def _listed(x) -> list:
+    if x is None:
+        return []
+    return x if isinstance(x, list) else [x]

@@ -1,0 +1,93 @@
+"""How PEFT lays out the factors of an update, for each kind of weight.
+
+Its names are ours: `A` takes columns to rank, `B` takes rank to rows. Here `a` and `b`
+are the factors of one weight, with no stacking axes.
+"""
+
+from typing import Literal, TypeAlias
+
+import equinox as eqx
+import numpy as np
+
+from .._paths import Leaf
+
+
+Kind: TypeAlias = Literal["linear", "embedding", "conv", "experts"]
+SUFFIXES: dict[Kind, tuple[str, str]] = {
+    "linear": ("lora_A.weight", "lora_B.weight"),
+    "embedding": ("lora_embedding_A", "lora_embedding_B"),
+    "conv": ("lora_A.weight", "lora_B.weight"),
+    "experts": ("lora_A.weight", "lora_B.weight"),
+}
+
+
+def kind_of(place: Leaf, ndim: int) -> Kind:
+    """The kind of a weight that has `ndim` axes beside those that stack it.
+
+    **Raises:** `ValueError` if PEFT has no such update, with the reason.
+    """
+    layer = place.layer[1] if place.layer else None
+    if isinstance(layer, eqx.nn.Embedding):
+        kind = "embedding"
+    elif isinstance(layer, eqx.nn.Conv):
+        if layer.groups > 1:
+            raise ValueError(
+                f"it is a convolution of {layer.groups} groups. PEFT gives that a "
+                "dense A and a grouped B, which is no low-rank update of its kernel"
+            )
+        kind = "conv"
+    elif isinstance(layer, eqx.nn.ConvTranspose):
+        raise ValueError("it is a transposed convolution, of which PEFT has no LoRA")
+    else:
+        kind = "experts" if ndim == 3 and layer is None else "linear"
+    wanted = sum(place.axes) if kind == "conv" else 3 if kind == "experts" else 2
+    if ndim != wanted:
+        raise ValueError(
+            f"without the axes that `{{}}` in its name stands for it has {ndim} axes, "
+            f"and {wanted} are wanted. Layers that are stacked need a name with `{{}}` "
+            "for the index, as in `names={'blocks': 'blocks.{}'}`"
+        )
+    return kind
+
+
+def peft_shapes(
+    kind: Kind, shape: tuple[int, ...], rank: int, transposed: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of A and B for a weight of this shape."""
+    if kind == "embedding":
+        vocab, dim = shape
+        return (rank, vocab), (dim, rank)
+    if kind == "conv":
+        return (rank, *shape[1:]), (shape[0], rank, *(1 for _ in shape[2:]))
+    experts, rows, cols = (1, *shape)[-3:]
+    if transposed:
+        rows, cols = cols, rows
+    return (experts * rank, cols), (rows, rank * experts)
+
+
+def to_peft(kind: Kind, a, b, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a weight with the factors `a` and `b`."""
+    if transposed or kind == "embedding":
+        a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    if kind == "conv":
+        return a, b.reshape(*b.shape, *(1 for _ in a.shape[2:]))
+    if kind == "experts":
+        # a: (experts, rank, cols), b: (experts, rows, rank); B is rank-major.
+        rows = b.shape[1]
+        return a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(rows, -1)
+    return a, b
+
+
+def from_peft(
+    kind: Kind, A, B, rank: int, transposed: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The factors `a` and `b` of a weight with these A and B."""
+    a, b = A, B
+    if kind == "conv":
+        b = B.reshape(B.shape[:2])
+    if kind == "experts":
+        a = A.reshape(-1, rank, A.shape[-1])
+        b = B.reshape(B.shape[0], rank, -1).transpose(2, 0, 1)
+    if transposed or kind == "embedding":
+        a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    return a, b

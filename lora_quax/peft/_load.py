@@ -1,0 +1,270 @@
+"""From the files of PEFT to an adapted model."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .._adapter import refuse_problems, too_wide
+from .._array import LoraArray, LowRankArray, make
+from .._check import aval_of, check_alpha
+from .._full import FullArray
+from .._paths import is_value, join, named
+from ._layout import from_peft, kind_of, peft_shapes
+from ._names import Names, split
+from ._places import Place, places_of, wrappers
+from ._read import PeftAdapter, read, Update
+
+
+def load(
+    directory: str | os.PathLike,
+    model: PyTree,
+    *,
+    names: Names = None,
+    transposed: Sequence[str] = (),
+    adapter_name: str = "default",
+    dtype: Any = None,
+    allow_materialise: bool = False,
+) -> PyTree:
+    """Puts an adapter that PEFT wrote around the weights of a model.
+
+    ```python
+    names = {"blocks.{}.q": "model.layers.{}.self_attn.q_proj"}
+    model = lora_quax.peft.load("my-adapter", model, names=names)
+    ```
+
+    Low-rank updates of linear layers, embeddings, convolutions and single parameters
+    become `LoraArray`s; modules saved whole, and biases, become `FullArray`s.
+
+    **Arguments:**
+
+    - `directory`: with `adapter_config.json` and `adapter_model.safetensors`.
+    - `model`: the base model. What it has of another adapter is replaced. Its arrays
+        may be `jax.ShapeDtypeStruct`s.
+    - `names`, `transposed`: as for `save`.
+    - `adapter_name`: of an adapter in a folder below, which PEFT makes for any name but
+        `"default"`.
+    - `dtype`: of the factors; by default as in the file.
+    - `allow_materialise`: as for `LoraArray`.
+
+    **Returns:** the adapted model. The model passed is not changed.
+
+    **Raises:** `AdapterError`, which lists everything that is wrong, if the files are
+    not an adapter or are damaged, if a tensor was meant for nothing in the model or
+    does not fit, if an array that the configuration targets got no tensors, or if the
+    adapter has a feature that cannot be taken over exactly. `FileNotFoundError` if
+    there is no such adapter. `ValueError` if `names` or `transposed` matches nothing.
+    """
+    adapter = read(directory, adapter_name)
+    places = places_of(model, names, transposed)
+    fit = _Fit(adapter, places, dtype, allow_materialise)
+    changed = {place.index: fit.adapted(place) for place in places}
+    refuse_problems(adapter.path, [*fit.problems, *fit.unused()])
+    leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
+    return jax.tree.unflatten(
+        treedef, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+    )
+
+
+class _Fit:
+    """Finds the tensors of each array, and remembers what does not fit."""
+
+    def __init__(self, adapter: PeftAdapter, places: list[Place], dtype, materialise):
+        self.adapter = adapter
+        self.dtype = dtype
+        self.allow_materialise = materialise
+        self.problems: list[str] = []
+        self.used: set[str] = set()
+        names = [name for place in places for name in place.names.values()]
+        self.wrappers = wrappers(
+            [name for name in names if adapter.config.targets_parameter(name)]
+        )
+
+    def adapted(self, place: Place):
+        """The array with what the files have for it."""
+        updates = {
+            index: self._update(name, place) for index, name in place.names.items()
+        }
+        value = self._value(place)
+        if all(update is None for update in updates.values()):
+            return place.origin if value is None else _full(place, value)
+        try:
+            delta = self._delta(place, updates)
+        except ValueError as e:
+            self.problems.append(f"{named(place.path)} cannot be adapted: {e}")
+            return place.origin
+        return make(
+            LoraArray,
+            # PEFT saves embeddings that it adapts, changed or not.
+            base=_unless_equal(place, value),
+            delta=delta,
+            stop_gradient=True,
+            allow_materialise=self.allow_materialise,
+        )
+
+    def unused(self) -> list[str]:
+        """What nothing in the model asked for."""
+        held = self.adapter.updates, self.adapter.biases, self.adapter.values
+        kinds = "factors", "bias of `lora_B`", "value"
+        return [
+            f"the {kind} of `{name}` has no place in the model"
+            for names, kind in zip(held, kinds)
+            for name in names
+            if f"{kind} {name}" not in self.used
+        ]
+
+    def _take(self, kind: str, held: dict[str, Any], name: str):
+        if name in held:
+            self.used.add(f"{kind} {name}")
+        return held.get(name)
+
+    def _update(self, name: str, place: Place) -> Update | None:
+        """The factors of a parameter, if there are any."""
+        config = self.adapter.config
+        module, parameter = split(name)
+        if name in self.wrappers:
+            module = self.wrappers[name]
+        elif parameter != "weight":
+            return None
+        update = self._take("factors", self.adapter.updates, module)
+        layer = place.leaf.layer
+        is_weight = layer is not None and place.path == join(layer[0], "weight")
+        targeted = name in self.wrappers or is_weight and config.targets(module)
+        if update is None and targeted:
+            self.problems.append(
+                f"{named(place.path)} is targeted as `{name}`, for which there are no "
+                "tensors"
+            )
+        return update
+
+    def _delta(self, place: Place, updates: dict[tuple, Update | None]) -> LowRankArray:
+        """The update of an array, of each of its slices if it is stacked.
+
+        **Raises:** `ValueError` if the factors do not fit it.
+        """
+        kind = kind_of(place.leaf, len(place.shape))
+        factors = {}
+        for index, update in updates.items():
+            if update is None:
+                continue
+            name = self._pattern_name(place.names[index])
+            rank = self.adapter.config.rank(name)
+            wanted = peft_shapes(kind, place.shape, rank, place.transposed)
+            if update.is_embedding != (kind == "embedding"):
+                raise ValueError("the tensors are of an embedding, or it is one")
+            if wanted != (update.A.shape, update.B.shape):
+                raise ValueError(
+                    f"for its shape {place.shape} and rank {rank} A and B must have "
+                    f"the shapes {wanted[0]} and {wanted[1]}; those of `{name}` have "
+                    f"{update.A.shape} and {update.B.shape}"
+                )
+            pair = from_peft(kind, update.A, update.B, rank, place.transposed)
+            factors[index] = *pair, rank, self.adapter.config.alpha(name)
+        a, b, alpha = _stacked(factors, place, kind == "experts")
+        rank = b.shape[-1]
+        for side, x in ("A", a), ("B", b):
+            self.problems += too_wide(f"{place.path}, {side}", x)
+        return make(
+            LowRankArray,
+            a=jnp.asarray(a, self.dtype),
+            b=jnp.asarray(b, self.dtype),
+            rank=rank,
+            alpha=check_alpha(alpha, rank),
+            rows=1,
+            cols=len(place.shape) - 1 if kind == "conv" else 1,
+            allow_materialise=self.allow_materialise,
+        )
+
+    def _pattern_name(self, name: str) -> str:
+        """What the patterns for ranks and alphas are matched with."""
+        return name if name in self.wrappers else split(name)[0]
+
+    def _value(self, place: Place) -> np.ndarray | None:
+        """What an array is to be, in its own layout; `None` if nothing is said of it."""
+        slices = {i: self._value_of(name, place, i) for i, name in place.names.items()}
+        if all(x is None for x in slices.values()):
+            return None
+        for index, x in slices.items():
+            slices[index] = self._origin(place, index) if x is None else x
+        return np.stack([*slices.values()]).reshape(aval_of(place.origin).shape)
+
+    def _value_of(self, name: str, place: Place, index) -> np.ndarray | None:
+        """What one parameter is to be."""
+        module, parameter = split(name)
+        x = self._take("value", self.adapter.values, name)
+        of_lora = None
+        if parameter == "bias":
+            of_lora = self._take("bias of `lora_B`", self.adapter.biases, module)
+        if x is None and of_lora is None:
+            return None
+        for given in x, of_lora:
+            if given is not None and given.shape != place.torch_shape:
+                self.problems.append(
+                    f"`{name}` has shape {given.shape} in the file; in the model it is "
+                    f"{place.torch_shape}"
+                )
+                return None
+        x = self._origin(place, index) if x is None else x.reshape(place.shape)
+        if of_lora is not None:
+            wide = jnp.promote_types(x.dtype, of_lora.dtype)
+            delta = self.adapter.config.scaling(module) * of_lora.astype(wide)
+            x = x.astype(wide) + delta.reshape(place.shape)
+        # As PEFT does: an array keeps the type of number that it has in the model.
+        return x.astype(aval_of(place.origin).dtype)
+
+    def _origin(self, place: Place, index) -> np.ndarray:
+        """The numbers of the model itself, where the files have none."""
+        if isinstance(place.origin, jax.ShapeDtypeStruct):
+            self.problems.append(
+                f"{named(place.path)} is abstract, and the files do not say all of it"
+            )
+            return np.zeros(place.shape, place.origin.dtype)
+        return np.asarray(place.origin)[index]
+
+
+def _full(place: Place, value: np.ndarray) -> FullArray:
+    return make(FullArray, base=_array(place.origin), value=jnp.asarray(value))
+
+
+def _unless_equal(place: Place, value: np.ndarray | None):
+    """The base of a weight: the model's own, unless the files have another one."""
+    base = place.origin
+    concrete = not isinstance(base, jax.ShapeDtypeStruct)
+    if value is None or concrete and np.array_equal(np.asarray(base), value):
+        return _array(base)
+    return _full(place, value)
+
+
+def _array(x):
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
+
+
+def _stacked(factors: dict[tuple, tuple], place: Place, experts: bool):
+    """The factors of all slices as one pair, and their alpha.
+
+    A slice that has no update gets factors of zeros: their gradients are zero as well,
+    so that it stays without one. Where ranks differ the smaller ones are filled up with
+    zeros, and where scalings differ they go into `b`.
+    """
+    if () in factors:
+        a, b, _, alpha = factors[()]
+        return a, b, alpha
+    settings = {(rank, alpha) for _, _, rank, alpha in factors.values()}
+    alike = len(settings) == 1
+    most = max(rank for rank, _ in settings)
+    common = settings.pop()[1] if alike else float(most)
+    some_a, some_b, *_ = next(iter(factors.values()))
+    lead = aval_of(place.origin).shape[: -len(place.shape)]
+    # a: (*lead, *experts, rank, *cols), b: (*lead, *experts, rows, rank)
+    axis = 1 if experts else 0
+    a_shape = (*lead, *some_a.shape[:axis], most, *some_a.shape[axis + 1 :])
+    all_a = np.zeros(a_shape, some_a.dtype)
+    all_b = np.zeros((*lead, *some_b.shape[:-1], most), some_b.dtype)
+    for index, (a, b, rank, alpha) in factors.items():
+        all_a[(*index, *[slice(None)] * axis, slice(rank))] = a
+        all_b[(*index, ..., slice(rank))] = b if alike else b * (alpha / rank)
+    return all_a, all_b, common

@@ -1,0 +1,100 @@
+"""The files of an adapter of PEFT, read without a model."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from .._files import AdapterError, read_tensors
+from ._config import Config, read_config
+
+
+FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_UPDATE = re.compile(
+    r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))",
+    re.DOTALL,
+)
+
+
+class Update(NamedTuple):
+    """The factors of one module, as they are in the file."""
+
+    A: np.ndarray
+    B: np.ndarray
+    is_embedding: bool
+
+
+class PeftAdapter(NamedTuple):
+    """What the files hold, by the names of the PyTorch model."""
+
+    path: Path
+    config: Config
+    updates: dict[str, Update]  # module -> its factors
+    biases: dict[str, np.ndarray]  # module -> the bias of its B
+    values: dict[str, np.ndarray]  # parameter -> what it is to be
+
+
+def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Where an adapter lies: one that is not the default has a folder of its own."""
+    if not re.fullmatch(r"[\w.-]+", adapter_name) or set(adapter_name) == {"."}:
+        raise ValueError(
+            "`adapter_name` must be of letters, digits, '_', '-' and '.', got "
+            f"{adapter_name!r}."
+        )
+    return Path(directory) / ("" if adapter_name == "default" else adapter_name)
+
+
+def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAdapter:
+    """**Raises:** `FileNotFoundError`; `AdapterError` if the files are no adapter."""
+    folder = folder_of(directory, adapter_name)
+    config = read_config(folder)
+    path = folder / FILE
+    if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{pickled} is a pickle, which can run any code, and is not read. Convert "
+            "it with PEFT: `model.save_pretrained(..., safe_serialization=True)`."
+        )
+    tensors, _ = read_tensors(path)
+    problems = []
+    sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
+    biases, values = {}, {}
+    for key, x in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name == key:
+            problems.append(f"`{key}` does not begin with `{PREFIX}`")
+        elif match := _UPDATE.fullmatch(name):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                problems.append(f"`{key}` is of type {x.dtype.name}, no floating point")
+            side = match["side"] or match["table"]
+            place = match["module"], match["table"] is not None
+            sides.setdefault(place, {})[side] = x
+        elif name.endswith(".lora_magnitude_vector"):
+            problems.append(f"`{key}` is of DoRA, which is not supported")
+        elif name.endswith(".lora_B.bias"):
+            biases[name.removesuffix(".lora_B.bias")] = x
+        else:
+            values[name] = x
+    updates = {}
+    for (module, is_embedding), pair in sides.items():
+        if module in updates:
+            problems.append(f"`{module}` has factors of a layer and of an embedding")
+        elif len(pair) < 2:
+            problems.append(f"`{module}` has no {'B' if 'A' in pair else 'A'}")
+        else:
+            updates[module] = Update(pair["A"], pair["B"], is_embedding)
+    problems += [f"`{module}` has a bias alone" for module in biases.keys() - updates]
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in sorted(problems))
+        raise AdapterError(f"The adapter {path} is not sound:{lines}")
+    # The weight and bias of an adapted layer itself.
+    values = {_without_base_layer(name, updates): x for name, x in values.items()}
+    return PeftAdapter(path, config, updates, biases, values)
+
+
+def _without_base_layer(name: str, updates) -> str:
+    module, _, parameter = name.rpartition(".base_layer.")
+    return f"{module}.{parameter}" if module in updates else name
