@@ -1,6 +1,6 @@
 """Low-rank adaptation for Equinox, as an array."""
 
-from . import _init as init, _quax_gaps as _quax_gaps, _rules as _rules
+from . import _init as init, _quax_gaps as _quax_gaps, _rules as _rules, peft as peft
 from ._adapter import load_adapter as load_adapter, save_adapter as save_adapter
 from ._array import (
     LoraArray as LoraArray,
@@ -39,6 +39,7 @@ __all__ = [
     "loraify",
     "merge",
     "partition",
+    "peft",
     "save_adapter",
     "summary",
     "trainable",

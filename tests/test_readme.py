@@ -30,7 +30,8 @@ def section(title: str) -> str:
     return re.split(r"^## ", README.split(f"## {title}\n")[1], flags=re.M)[0]
 
 
-def test_python_blocks_run():
+def test_python_blocks_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     # In order and in one namespace, as a reader would type them.
     source = "\n".join(blocks("python"))
     exec(compile(source, "README.md", "exec"), {})

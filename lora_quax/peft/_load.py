@@ -62,7 +62,7 @@ def load(
     adapter = read(directory, adapter_name)
     places = places_of(model, names, transposed)
     fit = _Fit(adapter, places, dtype, allow_materialise)
-    changed = {place.index: fit.adapted(place) for place in places}
+    changed = {place.position: fit.adapted(place) for place in places}
     refuse_problems(adapter.path, [*fit.problems, *fit.unused()])
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     return jax.tree.unflatten(
@@ -184,7 +184,7 @@ class _Fit:
         return name if name in self.wrappers else split(name)[0]
 
     def _value(self, place: Place) -> np.ndarray | None:
-        """What an array is to be, in its own layout; `None` if nothing is said of it."""
+        """What an array is to be, in its own layout; `None` if nothing is said."""
         slices = {i: self._value_of(name, place, i) for i, name in place.names.items()}
         if all(x is None for x in slices.values()):
             return None

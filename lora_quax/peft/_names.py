@@ -39,7 +39,7 @@ class Namer:
         return name
 
     def _mapped(self, path: str) -> str | None:
-        """By the entry that says most of the beginning of a path, segment by segment."""
+        """By the entry that says most of the beginning of a path."""
         assert isinstance(self.names, Mapping)
         segments = path.split(".") if path else []
         best: list[str] | None = None

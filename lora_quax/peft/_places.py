@@ -17,7 +17,7 @@ class Place(NamedTuple):
     """A floating-point array of the model, and the parameters that it stands for."""
 
     leaf: Leaf
-    index: int  # among the leaves of the model
+    position: int  # among the leaves of the model
     origin: Any  # the array as it was before it was adapted
     names: dict[tuple[int, ...], str]  # index along the stacking axes -> parameter
     transposed: bool
@@ -47,7 +47,7 @@ def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Pl
     patterns = {name: read_pattern(name)[0] for name in transposed}
     unused = set(patterns)
     out = []
-    for index, leaf in enumerate(leaves_of(model)):
+    for position, leaf in enumerate(leaves_of(model)):
         base = origin(leaf.value)
         if not is_float(base):
             continue
@@ -61,7 +61,7 @@ def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Pl
         flipped = {key for key, p in patterns.items() if p.fullmatch(leaf.path)}
         unused -= flipped
         parameters = unstack(name, shape)
-        out.append(Place(leaf, index, base, parameters, bool(flipped)))
+        out.append(Place(leaf, position, base, parameters, bool(flipped)))
     namer.check()
     if unused:
         raise ValueError(

@@ -1,0 +1,83 @@
+"""From the update of an array to those of the parameters that it stands for."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._adapter import to_numpy
+from .._array import FactoredArray, LoraArray, LowRankArray
+from .._paths import named
+from ._layout import Kind, kind_of, to_peft
+from ._names import split
+from ._places import Place
+
+
+class Update(NamedTuple):
+    """The update of one parameter, as PEFT has it."""
+
+    kind: Kind
+    A: np.ndarray
+    B: np.ndarray
+    rank: int
+    alpha: float
+
+
+UNCHANGED = object()  # In place of an initial update that left the base as it was.
+
+
+def updates_of(place: Place, initial: Any) -> dict[str, Update]:
+    """The updates of the parameters that an array stands for, by name.
+
+    **Arguments:**
+
+    - `place`: of an adapted array.
+    - `initial`: the array as it was before training, if the initial update was taken
+        out of the base: the updates then are those of the base as it was before that.
+
+    **Raises:** `ValueError` if PEFT has no such update.
+    """
+    try:
+        if any(not split(name)[0] for name in place.names.values()):
+            raise ValueError(
+                "in PEFT it would belong to the model itself, which cannot be adapted; "
+                "`names={'': 'layer'}` puts the whole model into a module"
+            )
+        kind = kind_of(place.leaf, len(place.shape))
+        delta = _delta(place.leaf.value, place, kind)
+        a, b = (to_numpy(place.path, x) for x in (delta.a, delta.b))
+        rank, alpha = delta.rank, delta.alpha
+        if initial is not UNCHANGED:
+            first = _delta(initial, place, kind)
+            if (first.rank, first.alpha) != (rank, alpha):
+                raise ValueError("`initial` has another rank or alpha for it")
+            a0, b0 = (to_numpy(place.path, x) for x in (first.a, first.b))
+            a = np.concatenate([a, a0], axis=a.ndim - 1 - delta.cols)
+            b = np.concatenate([b, -b0], axis=-1)
+            rank, alpha = 2 * rank, 2 * alpha
+    except ValueError as e:
+        raise ValueError(
+            f"{named(place.path)} cannot be exchanged with PEFT: {e}."
+        ) from e
+    out = {}
+    for index, name in place.names.items():
+        # A layer of several that has no update, as `load` leaves it.
+        if index and not (a[index].any() or b[index].any()):
+            continue
+        A, B = to_peft(kind, a[index], b[index], place.transposed)
+        out[name] = Update(kind, A, B, rank, alpha)
+    return out
+
+
+def _delta(x, place: Place, kind: Kind) -> LowRankArray:
+    """The update of a weight, if it is one that PEFT can have."""
+    if not isinstance(x, LoraArray):
+        raise ValueError("there is no `LoraArray`, which has a base and an update")
+    if isinstance(x.base, FactoredArray):
+        raise ValueError("it is an adapter on an adapter; merge one of them first")
+    wanted = 1, len(place.shape) - 1 if kind == "conv" else 1
+    if (x.delta.rows, x.delta.cols) != wanted:
+        raise ValueError(
+            f"it has {x.delta.rows} axes of rows and {x.delta.cols} of columns; PEFT "
+            f"has {wanted[0]} and {wanted[1]}"
+        )
+    return x.delta
