@@ -25,7 +25,7 @@ from ._check import aval_of, check_alpha, check_rank
 from ._files import AdapterError, read_tensors, write_tensors, written_whole
 from ._full import FullArray
 from ._merge import origin, refuse_missing
-from ._paths import dotted, is_adapted, is_value, Leaf, leaves_of, named
+from ._paths import dotted, is_adapted, is_float, is_value, Leaf, leaves_of, named
 from ._training import partition
 
 
@@ -40,7 +40,9 @@ class Adapter(NamedTuple):
     tensors: dict[str, np.ndarray]  # path of a leaf -> its value
 
 
-def save_adapter(path: str | os.PathLike, model: PyTree) -> None:
+def save_adapter(
+    path: str | os.PathLike, model: PyTree, *, base: PyTree = None
+) -> None:
     """Writes what trains of a model to a file, and nothing else of it.
 
     ```python
@@ -58,11 +60,17 @@ def save_adapter(path: str | os.PathLike, model: PyTree) -> None:
 
     - `path`: of the file, in a folder that exists.
     - `model`: a model with adapted weights.
+    - `base`: the model that was adapted. If it is given, it is made sure that nothing
+        of `model` differs from it but what is written. A training loop that knows
+        nothing of LoRA trains biases and norms too, which would be lost.
 
-    **Raises:** `ValueError` if nothing in the model trains, a leaf is missing, or two
-    leaves have the same dotted path; `TypeError` if the model is abstract or traced;
-    `OSError` if the file cannot be written.
+    **Raises:** `ValueError` if nothing in the model trains, a leaf is missing, two
+    leaves have the same dotted path, or `base` differs in what would not be written;
+    `TypeError` if the model is abstract or traced; `OSError` if the file cannot be
+    written.
     """
+    if base is not None:
+        refuse_changed(model, base)
     adapter = extract(model)
     about = {"version": VERSION, "weights": adapter.weights}
     metadata = {_KEY: json.dumps(about, sort_keys=True)}
@@ -282,6 +290,30 @@ def to_numpy(path: str, x) -> np.ndarray:
             "concrete model, outside of `jax.jit` and of other transformations."
         )
     return np.asarray(x)
+
+
+def refuse_changed(model: PyTree, base: PyTree) -> None:
+    """**Raises:** `ValueError` if arrays that do not train are not those of `base`."""
+    before = {place.path: place.value for place in leaves_of(base)}
+    changed = []
+    for place in leaves_of(model):
+        x, y = origin(place.value), before.get(place.path)
+        trains = isinstance(place.value, LoraArray) and not place.value.stop_gradient
+        if is_float(x) and not trains and not _is_equal(x, y):
+            changed.append(named(place.path))
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} would not be written, and are not what they are in "
+            "`base`. Train them with the spec 'full' of `loraify`, or leave them as "
+            "they are: `lora_quax.partition` gives an optimiser what trains."
+        )
+
+
+def _is_equal(x, y) -> bool:
+    return jax.tree.structure(x) == jax.tree.structure(y) and all(
+        u.dtype == v.dtype and np.asarray(u).tobytes() == np.asarray(v).tobytes()
+        for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
+    )
 
 
 def refuse_ambiguous(paths: Iterable[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import PyTree
 
+from .._adapter import refuse_changed
 from .._array import FactoredArray
 from .._files import write_tensors, written_whole
 from .._merge import refuse_missing
@@ -30,6 +31,7 @@ def save(
     names: Names = None,
     transposed: Sequence[str] = (),
     adapter_name: str = "default",
+    base: PyTree = None,
     initial: PyTree = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
@@ -67,6 +69,7 @@ def save(
         would have a weight `(out, in)`; by the ends of their paths or as regular
         expressions, as for `targets` of `loraify`.
     - `adapter_name`: one that is not `"default"` gets a folder below.
+    - `base`: the model that was adapted, as for `lora_quax.save_adapter`.
     - `initial`: the model as it was before training, if its initialisation took the
         first update out of the base, as PiSSA and OLoRA do. The adapter is then written
         with twice the rank and works on the untouched base.
@@ -76,10 +79,13 @@ def save(
     - `use_rslora`: whether to write the scaling as `alpha / √rank`.
 
     **Raises:** `ValueError` if there is no low-rank update, if a leaf is missing, if
-    `names` or `transposed` matches nothing, or if an array has no counterpart in PEFT,
-    with the reason; `TypeError` if the model is abstract or traced. Nothing is written
-    then. `OSError` if the files cannot be written.
+    `names` or `transposed` matches nothing, if `base` differs in what would not be
+    written, or if an array has no counterpart in PEFT, with the reason; `TypeError` if
+    the model is abstract or traced. Nothing is written then. `OSError` if the files
+    cannot be written.
     """
+    if base is not None:
+        refuse_changed(model, base)
     places = places_of(model, names, transposed)
     updates = _updates(places, initial)
     parameters = [
