@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import AdapterError, read_json
+from ._initial import INITIALISATIONS
 
 
 FILE = "adapter_config.json"
@@ -32,8 +33,8 @@ _HARMLESS = {
     "runtime_config",
     "task_type",
 }
-# These leave the base as it is; others subtract the first update from it.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+# These leave the base as it is; others take the first update out of it.
+_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +152,11 @@ def _check(path: Path, config: Config) -> None:
     if config.bias not in ("none", "all", "lora_only"):
         raise AdapterError(f"{path}: `bias` is {config.bias!r}.")
     init = config.init_lora_weights
-    if init not in _INITIALISATIONS:
+    if init not in (*_KEEP_THE_BASE, *INITIALISATIONS):
         raise AdapterError(
-            f"{path}: `init_lora_weights` is {init!r}, by which PEFT takes the initial "
-            "update out of the base when it loads the adapter. Save it in a form that "
-            "works on the untouched base, with PEFT's "
+            f"{path}: `init_lora_weights` is {init!r}, by which PEFT changes the base "
+            "when it loads the adapter, in a way that cannot be repeated here. Save it "
+            "in a form that works on the untouched base, with PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
     patterns = [*config.rank_pattern, *config.alpha_pattern]

@@ -14,6 +14,7 @@ from .._array import LoraArray, LowRankArray, make
 from .._check import aval_of, check_alpha
 from .._full import FullArray
 from .._paths import is_value, join, named
+from ._initial import INITIALISATIONS, rest_of
 from ._layout import from_peft, kind_of, peft_shapes
 from ._names import Names, split
 from ._places import Place, places_of, wrappers
@@ -94,13 +95,13 @@ class _Fit:
             return place.origin if value is None else _full(place, value)
         try:
             delta = self._delta(place, updates)
+            base = self._base(place, updates, value)
         except ValueError as e:
             self.problems.append(f"{named(place.path)} cannot be adapted: {e}")
             return place.origin
         return make(
             LoraArray,
-            # PEFT saves embeddings that it adapts, changed or not.
-            base=_unless_equal(place, value),
+            base=base,
             delta=delta,
             stop_gradient=True,
             allow_materialise=self.allow_materialise,
@@ -178,6 +179,27 @@ class _Fit:
             cols=len(place.shape) - 1 if kind == "conv" else 1,
             allow_materialise=self.allow_materialise,
         )
+
+    def _base(self, place: Place, updates, value: np.ndarray | None):
+        """What the update is added to: a base that an initialisation has reduced, one
+        that the files bring along, or that of the model.
+
+        **Raises:** `ValueError` if the initialisation is not known for the array.
+        """
+        config = self.adapter.config
+        if config.init_lora_weights in INITIALISATIONS:
+            kind = kind_of(place.leaf, len(place.shape))
+            slices = []
+            for index, update in updates.items():
+                x = self._origin(place, index)
+                if update is not None:
+                    name = self._pattern_name(place.names[index])
+                    setting = config.rank(name), config.scaling(name), place.transposed
+                    x = rest_of(config.init_lora_weights, x, kind, *setting)
+                slices.append(x)
+            value = np.stack(slices).reshape(aval_of(place.origin).shape)
+        # PEFT saves embeddings that it adapts, changed or not.
+        return _unless_equal(place, value)
 
     def _pattern_name(self, name: str) -> str:
         """What the patterns for ranks and alphas are matched with."""
