@@ -54,7 +54,10 @@ def linear(
                 return materialise_or_refuse(primitive, args, params, str(why))
 
         def on_lora(*args, **params):
-            before, w, after = args[:operand], args[operand], args[operand + 1 :]
+            # What a weight is multiplied with comes before it. Its cotangent, a sum
+            # over both parts, is stored as the result is.
+            before = tuple(map(stored, args[:operand]))
+            w, after = args[operand], args[operand + 1 :]
             try:
                 delta = rule(*before, w.delta, *after, **params)
             except NotLazy as why:
