@@ -1,6 +1,6 @@
 """An adapter on disk: what trains, and how to put it around the weights again.
 
-A file holds the leaves of `partition(model)[0]`, named by their paths, and for each
+A file holds the leaves that train, or have trained, named by their paths, and for each
 adapted weight a description that mirrors its array: what `describe` writes, `_build`
 reads. A new form of array joins by a case in each.
 """
@@ -26,7 +26,7 @@ from ._files import AdapterError, read_tensors, write_tensors, written_whole
 from ._full import FullArray
 from ._merge import origin, refuse_missing
 from ._paths import dotted, is_adapted, is_float, is_value, Leaf, leaves_of, named
-from ._training import partition
+from ._training import partition, trainable
 
 
 VERSION = 1
@@ -109,25 +109,25 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
         if name in adapter.weights:
             try:
                 base = origin(leaves[i])
-                skeletons[i] = _build(adapter.weights[name], base)
+                skeletons[i] = build(adapter.weights[name], base)
             except (AttributeError, KeyError, TypeError, ValueError) as e:
                 problems.append(f"{named(name)}: {e}")
     skeleton = jax.tree.unflatten(treedef, skeletons)
     refuse_problems(path, problems)
 
-    params, frozen = partition(skeleton)
+    params, rest = written(skeleton)
     expected = _specs(params)
     if any(map(is_adapted, leaves)):
-        problems += _differences("the model", _specs(partition(model)[0]), expected)
+        problems += differences("the model", _specs(written(model)[0]), expected)
     found = {name: (x.shape, x.dtype) for name, x in adapter.tensors.items()}
-    problems += _differences("its description", expected, found)
+    problems += differences("its description", expected, found)
     for name, x in adapter.tensors.items():
         problems += too_wide(name, x)
     refuse_problems(path, problems)
     params = jtu.tree_map_with_path(
         lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
     )
-    return eqx.combine(params, frozen)
+    return eqx.combine(params, rest)
 
 
 def extract(model: PyTree) -> Adapter:
@@ -138,7 +138,7 @@ def extract(model: PyTree) -> Adapter:
     places = [place for place in leaves_of(model) if is_adapted(place.value)]
     for place in places:
         refuse_missing(place.path, place.value)
-    leaves = jtu.tree_flatten_with_path(partition(model)[0])[0]
+    leaves = jtu.tree_flatten_with_path(written(model)[0])[0]
     refuse_ambiguous(dotted(keys) for keys, _ in leaves)
     tensors = {dotted(keys): to_numpy(dotted(keys), x) for keys, x in leaves}
     weights = {
@@ -146,6 +146,27 @@ def extract(model: PyTree) -> Adapter:
         for place in places
     }
     return Adapter(weights, tensors)
+
+
+def written(model: PyTree) -> tuple[PyTree, PyTree]:
+    """A model as the part that goes into a file and the part that does not.
+
+    That is what trains, and what has trained: an adapter that is the frozen base of
+    another one, say.
+
+    **Raises:** `ValueError` if there is nothing to write.
+    """
+    spec = jax.tree.map(_is_written, model, is_leaf=is_adapted)
+    if not any(jax.tree.leaves(spec)):
+        return partition(model)  # Raises, with the reason.
+    return eqx.partition(model, spec)
+
+
+def _is_written(node) -> Any:
+    if isinstance(node, LoraArray) and is_adapted(node.base):
+        base, delta = _is_written(node.base), trainable(node.delta)
+        return node.replace(base=base, delta=delta)
+    return trainable(node)
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -204,11 +225,12 @@ def describe(x) -> dict[str, Any]:
             "allow_materialise": x.allow_materialise,
         }
     if isinstance(x, FullArray):
-        return {"form": "full", "base": describe(x.base)}
+        dtype = x.value.dtype.name
+        return {"form": "full", "base": describe(x.base), "dtype": dtype}
     return {"form": "array", "shape": shape, "dtype": aval_of(x).dtype.name}
 
 
-def _build(about: dict[str, Any], base) -> Any:
+def build(about: dict[str, Any], base) -> Any:
     """The array described, around `base`, with abstract leaves where it trains.
 
     **Raises:** `KeyError`, `TypeError` or `ValueError` if the description makes no
@@ -216,8 +238,8 @@ def _build(about: dict[str, Any], base) -> Any:
     """
     form = about["form"]
     if form == "lora":
-        inner = _build(about["base"], base)
-        delta = _build({**about["delta"], "shape": aval_of(inner).shape}, None)
+        inner = build(about["base"], base)
+        delta = build({**about["delta"], "shape": aval_of(inner).shape}, None)
         return make(
             LoraArray,
             base=inner,
@@ -226,11 +248,10 @@ def _build(about: dict[str, Any], base) -> Any:
             allow_materialise=_flag(about["allow_materialise"]),
         )
     if form == "low_rank":
-        return _build_low_rank(**{**about, "shape": tuple(about["shape"])})
+        return __build_low_rank(**{**about, "shape": tuple(about["shape"])})
     if form == "full":
-        inner = _build(about["base"], base)
-        aval = aval_of(inner)
-        value = jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        inner = build(about["base"], base)
+        value = jax.ShapeDtypeStruct(aval_of(inner).shape, about["dtype"])
         return make(FullArray, base=inner, value=value)
     if form != "array":
         raise ValueError(f"its form {form!r} is not known")
@@ -240,7 +261,7 @@ def _build(about: dict[str, Any], base) -> Any:
     return base
 
 
-def _build_low_rank(
+def __build_low_rank(
     *, shape, rank, alpha, rows, cols, dtype, allow_materialise, **others
 ) -> LowRankArray:
     del others
@@ -334,7 +355,7 @@ def _specs(params) -> _Specs:
     return {dotted(keys): (tuple(x.shape), x.dtype) for keys, x in leaves}
 
 
-def _differences(whose: str, expected: _Specs, found: _Specs) -> list[str]:
+def differences(whose: str, expected: _Specs, found: _Specs) -> list[str]:
     problems = [f"`{name}` is missing" for name in expected if name not in found]
     problems += [f"`{name}` is unexpected" for name in found if name not in expected]
     for name in expected.keys() & found.keys():

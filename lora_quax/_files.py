@@ -53,7 +53,7 @@ def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
     format, or has a name twice.
     """
     path = Path(path)
-    header = _read_header(path)
+    header = read_header(path)
     metadata = header.pop("__metadata__", {})
     try:
         file = safetensors.safe_open(path, framework="numpy")
@@ -73,7 +73,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         return {name: file.read(name) for name in file.specs}, file.metadata
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if not path.is_file():
@@ -87,7 +87,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             if start.startswith((b"PK", b"\x80")):
                 what = "but a pickle, or an archive of one, which can run any code"
             raise AdapterError(f"{path} is no safetensors file: {what}.")
-        text = file.read(length)
+        text = file.read(length) if len(start) == 8 else b""
     if len(start) < 8 or len(text) < length:
         raise AdapterError(
             f"{path} is truncated: it ends after {size:,} bytes, within its header."

@@ -3,6 +3,7 @@
 from .._transformer import QUICK, SIZES
 from .._work import Case
 from . import (
+    adapters,
     bfloat16,
     convolution,
     decode,
@@ -44,4 +45,5 @@ def all_cases(quick: bool, torch: str, size: str = "base") -> list[Case]:
         order.case(quick),
         tracing.case(quick),
         initialise.case(quick),
+        adapters.case(quick),
     ]

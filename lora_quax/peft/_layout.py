@@ -21,8 +21,8 @@ SUFFIXES: dict[Kind, tuple[str, str]] = {
 }
 
 
-def kind_of(place: Leaf, ndim: int) -> Kind:
-    """The kind of a weight that has `ndim` axes beside those that stack it.
+def kind_of(place: Leaf, shape: tuple[int, ...], transposed: bool) -> Kind:
+    """The kind of a weight, of this shape beside the axes that stack it.
 
     **Raises:** `ValueError` if PEFT has no such update, with the reason.
     """
@@ -35,12 +35,20 @@ def kind_of(place: Leaf, ndim: int) -> Kind:
                 f"it is a convolution of {layer.groups} groups. PEFT gives that a "
                 "dense A and a grouped B, which is no low-rank update of its kernel"
             )
+        if set(layer.dilation) != {1} or layer.padding_mode != "ZEROS":
+            raise ValueError(
+                f"it is a convolution of dilation {layer.dilation} and padding mode "
+                f"{layer.padding_mode!r}, which PEFT leaves out of the update"
+            )
         kind = "conv"
     elif isinstance(layer, eqx.nn.ConvTranspose):
         raise ValueError("it is a transposed convolution, of which PEFT has no LoRA")
     else:
-        kind = "experts" if ndim == 3 and layer is None else "linear"
+        kind = "experts" if len(shape) == 3 and layer is None else "linear"
     wanted = sum(place.axes) if kind == "conv" else 3 if kind == "experts" else 2
+    ndim = len(shape)
+    if kind == "experts" and shape[0] == 1 and transposed:
+        raise ValueError("PEFT does not transpose the update of a single expert")
     if ndim != wanted:
         raise ValueError(
             f"without the axes that `{{}}` in its name stands for it has {ndim} axes, "

@@ -80,10 +80,9 @@ class _Fit:
         self.allow_materialise = materialise
         self.problems: list[str] = []
         self.used: set[str] = set()
-        names = [name for place in places for name in place.names.values()]
-        self.wrappers = wrappers(
-            [name for name in names if adapter.config.targets_parameter(name)]
-        )
+        names = {name for place in places for name in place.names.values()}
+        targeted = set(filter(adapter.config.targets_parameter, names))
+        self.wrappers = wrappers(places, targeted)
 
     def adapted(self, place: Place):
         """The array with what the files have for it."""
@@ -147,7 +146,7 @@ class _Fit:
 
         **Raises:** `ValueError` if the factors do not fit it.
         """
-        kind = kind_of(place.leaf, len(place.shape))
+        kind = kind_of(place.leaf, place.shape, place.transposed)
         factors = {}
         for index, update in updates.items():
             if update is None:
@@ -188,7 +187,7 @@ class _Fit:
         """
         config = self.adapter.config
         if config.init_lora_weights in INITIALISATIONS:
-            kind = kind_of(place.leaf, len(place.shape))
+            kind = kind_of(place.leaf, place.shape, place.transposed)
             slices = []
             for index, update in updates.items():
                 x = self._origin(place, index)
@@ -210,41 +209,62 @@ class _Fit:
         slices = {i: self._value_of(name, place, i) for i, name in place.names.items()}
         if all(x is None for x in slices.values()):
             return None
-        for index, x in slices.items():
-            slices[index] = self._origin(place, index) if x is None else x
+        try:
+            for index, x in slices.items():
+                slices[index] = self._origin(place, index) if x is None else x
+        except ValueError as e:
+            self.problems.append(str(e))
+            return None
         return np.stack([*slices.values()]).reshape(aval_of(place.origin).shape)
 
     def _value_of(self, name: str, place: Place, index) -> np.ndarray | None:
         """What one parameter is to be."""
         module, parameter = split(name)
-        x = self._take("value", self.adapter.values, name)
+        given = self._take("value", self.adapter.values, name)
         of_lora = None
         if parameter == "bias":
             of_lora = self._take("bias of `lora_B`", self.adapter.biases, module)
-        if x is None and of_lora is None:
+        if given is None and of_lora is None:
             return None
-        for given in x, of_lora:
-            if given is not None and given.shape != place.torch_shape:
-                self.problems.append(
-                    f"`{name}` has shape {given.shape} in the file; in the model it is "
-                    f"{place.torch_shape}"
-                )
-                return None
-        x = self._origin(place, index) if x is None else x.reshape(place.shape)
-        if of_lora is not None:
-            wide = jnp.promote_types(x.dtype, of_lora.dtype)
-            delta = self.adapter.config.scaling(module) * of_lora.astype(wide)
-            x = x.astype(wide) + delta.reshape(place.shape)
+        try:
+            if given is None:
+                x = self._origin(place, index)
+            else:
+                x = place.from_torch(given, self._is_conv1d(name, place, given.shape))
+            if of_lora is not None:
+                wide = jnp.promote_types(x.dtype, of_lora.dtype)
+                delta = self.adapter.config.scaling(module) * of_lora.astype(wide)
+                x = x.astype(wide) + place.from_torch(delta)
+        except ValueError as e:
+            self.problems.append(f"`{name}` does not fit: {e}")
+            return None
         # As PEFT does: an array keeps the type of number that it has in the model.
         return x.astype(aval_of(place.origin).dtype)
+
+    def _is_conv1d(self, name: str, place: Place, shape: tuple[int, ...]) -> bool:
+        """Whether PyTorch has this parameter as `(in, out)`."""
+        module, parameter = split(name)
+        if not (
+            self.adapter.config.fan_in_fan_out
+            and place.is_matrix
+            and parameter == "weight"
+        ):
+            return False
+        if module in self.adapter.updates:
+            return True
+        if shape[0] == shape[1]:
+            raise ValueError(
+                "it is square, so that there is no telling whether it is transposed, "
+                "as `fan_in_fan_out` has it for some layers"
+            )
+        return shape != place.to_torch(np.broadcast_to(0, place.shape)).shape
 
     def _origin(self, place: Place, index) -> np.ndarray:
         """The numbers of the model itself, where the files have none."""
         if isinstance(place.origin, jax.ShapeDtypeStruct):
-            self.problems.append(
+            raise ValueError(
                 f"{named(place.path)} is abstract, and the files do not say all of it"
             )
-            return np.zeros(place.shape, place.origin.dtype)
         return np.asarray(place.origin)[index]
 
 
@@ -280,13 +300,16 @@ def _stacked(factors: dict[tuple, tuple], place: Place, experts: bool):
     most = max(rank for rank, _ in settings)
     common = settings.pop()[1] if alike else float(most)
     some_a, some_b, *_ = next(iter(factors.values()))
+    # A product with a scaling would lose much in 16 bits.
+    b_dtype = jnp.promote_types(some_b.dtype, some_b.dtype if alike else np.float32)
     lead = aval_of(place.origin).shape[: -len(place.shape)]
     # a: (*lead, *experts, rank, *cols), b: (*lead, *experts, rows, rank)
     axis = 1 if experts else 0
     a_shape = (*lead, *some_a.shape[:axis], most, *some_a.shape[axis + 1 :])
     all_a = np.zeros(a_shape, some_a.dtype)
-    all_b = np.zeros((*lead, *some_b.shape[:-1], most), some_b.dtype)
+    all_b = np.zeros((*lead, *some_b.shape[:-1], most), b_dtype)
     for index, (a, b, rank, alpha) in factors.items():
         all_a[(*index, *[slice(None)] * axis, slice(rank))] = a
-        all_b[(*index, ..., slice(rank))] = b if alike else b * (alpha / rank)
+        scaling = 1 if alike else alpha / rank
+        all_b[(*index, ..., slice(rank))] = b.astype(b_dtype) * scaling
     return all_a, all_b, common

@@ -1,8 +1,10 @@
 """The arrays of an Equinox model, as PEFT would see them in its PyTorch twin."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import numpy as np
 from jaxtyping import PyTree
 
 from .._adapter import refuse_ambiguous
@@ -33,11 +35,33 @@ class Place(NamedTuple):
         return tuple(aval_of(self.origin).shape)[n:]
 
     @property
-    def torch_shape(self) -> tuple[int, ...]:
-        """The same, as PyTorch has it: the bias of a convolution is a vector there."""
+    def is_matrix(self) -> bool:
+        """Whether it may be the weight of a linear layer."""
+        layer = self.leaf.layer[1] if self.leaf.layer else None
+        return len(self.shape) == 2 and not isinstance(layer, eqx.nn.Embedding)
+
+    def to_torch(self, x: np.ndarray, conv1d: bool = False) -> np.ndarray:
+        """One of the parameters in PyTorch's layout.
+
+        The bias of a convolution is a vector there, and the weight of a GPT-2's
+        `Conv1D` is `(in, out)`.
+        """
         if self.leaf.is_bias and known_axes(self.leaf.holder) != (1, 1):
-            return self.shape[:1]
-        return self.shape
+            return x.reshape(x.shape[:1])
+        return x.T if self.is_matrix and self.transposed != conv1d else x
+
+    def from_torch(self, x: np.ndarray, conv1d: bool = False) -> np.ndarray:
+        """The inverse of `to_torch`.
+
+        **Raises:** `ValueError` if it has another shape.
+        """
+        wanted = self.to_torch(np.broadcast_to(0, self.shape), conv1d).shape
+        if x.shape != wanted:
+            raise ValueError(
+                f"it has shape {x.shape} there; in the model it is {wanted}"
+            )
+        turned = self.is_matrix and self.transposed != conv1d
+        return (x.T if turned else x).reshape(self.shape)
 
 
 def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Place]:
@@ -71,21 +95,34 @@ def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Pl
     return out
 
 
-def wrappers(names: Sequence[str]) -> dict[str, str]:
+def wrappers(places: list[Place], names: Collection[str]) -> dict[str, str]:
     """Where PEFT keeps the factors of parameters targeted one by one.
 
     Those of one module are wrapped in the order in which it has them, so that the last
-    one is outermost.
+    one is outermost. That order is taken to be the one here.
 
     **Arguments:**
 
-    - `names`: of all such parameters, in the order of the model.
+    - `names`: of all such parameters.
 
     **Returns:** for each, what its factors are called in place of a module.
+
+    **Raises:** `ValueError` if a mixed-up order could go unnoticed.
     """
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(split(name)[0], []).append(name)
+    groups: dict[str, dict[str, Place]] = {}
+    for place in places:
+        for name in place.names.values():
+            if name in names:
+                groups.setdefault(split(name)[0], {})[name] = place
+    for group in groups.values():
+        shapes = [place.shape for place in group.values()]
+        in_dict = any(isinstance(p.leaf.modules[-1][1], dict) for p in group.values())
+        if in_dict and len(set(shapes)) < len(shapes):
+            raise ValueError(
+                f"{', '.join(group)} are of one shape, and PEFT tells them apart by "
+                "their order alone, which a dictionary does not keep: JAX sorts it. "
+                "Make them fields of an `equinox.Module`, in PyTorch's order."
+            )
     return {
         name: module + ".base_layer" * (len(group) - 1 - i)
         for module, group in groups.items()

@@ -40,9 +40,9 @@ class PeftAdapter(NamedTuple):
 
 def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
     """Where an adapter lies: one that is not the default has a folder of its own."""
-    if not re.fullmatch(r"[\w.-]+", adapter_name) or set(adapter_name) == {"."}:
+    if not re.fullmatch(r"[\w-]+", adapter_name):
         raise ValueError(
-            "`adapter_name` must be of letters, digits, '_', '-' and '.', got "
+            "`adapter_name` must be of letters, digits, '_' and '-', got "
             f"{adapter_name!r}."
         )
     return Path(directory) / ("" if adapter_name == "default" else adapter_name)
@@ -76,7 +76,7 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
             problems.append(f"`{key}` is of DoRA, which is not supported")
         elif name.endswith(".lora_B.bias"):
             biases[name.removesuffix(".lora_B.bias")] = x
-        else:
+        elif not _is_copy(name, config):
             values[name] = x
     updates = {}
     for (module, is_embedding), pair in sides.items():
@@ -93,6 +93,14 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
     # The weight and bias of an adapted layer itself.
     values = {_without_base_layer(name, updates): x for name, x in values.items()}
     return PeftAdapter(path, config, updates, biases, values)
+
+
+def _is_copy(name: str, config: Config) -> bool:
+    """Whether it is the bias of a module that is saved whole, which PEFT with
+    `bias="all"` writes again as it was, and as it is."""
+    match = re.fullmatch(r"(.+)\.(?:original_module|modules_to_save)\..+", name)
+    saved = tuple(config.modules_to_save or ())
+    return match is not None and config.bias == "all" and match[1].endswith(saved)
 
 
 def _without_base_layer(name: str, updates) -> str:

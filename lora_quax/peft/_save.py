@@ -14,7 +14,7 @@ from .._adapter import refuse_changed
 from .._array import FactoredArray
 from .._files import write_tensors, written_whole
 from .._merge import refuse_missing
-from .._paths import leaves_of
+from .._paths import leaves_of, named
 from . import _config, _read
 from ._layout import SUFFIXES
 from ._names import is_in, Names, split
@@ -75,7 +75,7 @@ def save(
         with twice the rank and works on the untouched base.
     - `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`: what the
         configuration says. The last is true for a GPT-2, whose `Conv1D` keeps its
-        weight as `(in, out)` in PyTorch; it does not concern the arrays here.
+        weight as `(in, out)` in PyTorch; here it is `(out, in)` all the same.
     - `use_rslora`: whether to write the scaling as `alpha / √rank`.
 
     **Raises:** `ValueError` if there is no low-rank update, if a leaf is missing, if
@@ -112,8 +112,10 @@ def save(
         use_dora=False,
         use_rslora=use_rslora,
     )
-    tensors = _factors(updates, parameters)
-    tensors |= _values(places, updates, rest, keep_bases=initial is None)
+    tensors = _factors(updates, wrappers(places, parameters))
+    tensors |= _values(
+        places, updates, rest, has_conv1d=fan_in_fan_out, has_bases=initial is None
+    )
     folder = folder_of(directory, adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     goals = folder / _read.FILE, folder / _config.FILE
@@ -188,9 +190,8 @@ def _target_parameters(places: list[Place], names: list[str]) -> list[str] | Non
     return names or None
 
 
-def _factors(updates: dict[str, Update], parameters: list[str]):
+def _factors(updates: dict[str, Update], wrapped: dict[str, str]):
     """The tensors of the updates, by key."""
-    wrapped = wrappers(parameters)
     out = {}
     for name, update in updates.items():
         module = wrapped.get(name, split(name)[0])
@@ -199,7 +200,9 @@ def _factors(updates: dict[str, Update], parameters: list[str]):
     return out
 
 
-def _values(places: list[Place], updates, rest: Whole, *, keep_bases: bool):
+def _values(
+    places: list[Place], updates, rest: Whole, *, has_conv1d: bool, has_bases: bool
+):
     """The tensors that are written whole, by key."""
     adapted = {split(name)[0] for name in updates}
     out = {}
@@ -207,12 +210,30 @@ def _values(places: list[Place], updates, rest: Whole, *, keep_bases: bool):
         for index, name in place.names.items():
             module, parameter = split(name)
             if name in updates:
-                is_wanted = keep_bases and has_own_base(place)
+                is_wanted = has_bases and has_own_base(place)
             else:
                 is_wanted = name in rest.biases or any(
                     is_in(module, saved) for saved in rest.modules
                 )
             if is_wanted:
                 infix = "base_layer." if module in adapted else ""
-                out[f"{PREFIX}{module}.{infix}{parameter}"] = value_of(place, index)
+                conv1d = has_conv1d and _is_conv1d(name, place, name in updates)
+                x = value_of(place, index, conv1d)
+                out[f"{PREFIX}{module}.{infix}{parameter}"] = x
     return out
+
+
+def _is_conv1d(name: str, place: Place, is_adapted: bool) -> bool:
+    """Whether a weight is that of a `Conv1D`, as those are that are adapted.
+
+    A module saved whole, such as a head, is taken for a linear layer. If it is none,
+    PEFT finds out by its shape, unless that is square.
+    """
+    if not place.is_matrix or split(name)[1] != "weight":
+        return False
+    if not is_adapted and place.shape[0] == place.shape[1]:
+        raise ValueError(
+            f"{named(place.path)} would be written whole, and is square, so that there "
+            "is no telling whether it is transposed, as `fan_in_fan_out` says of some."
+        )
+    return is_adapted

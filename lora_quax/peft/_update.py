@@ -42,7 +42,7 @@ def updates_of(place: Place, initial: Any) -> dict[str, Update]:
                 "in PEFT it would belong to the model itself, which cannot be adapted; "
                 "`names={'': 'layer'}` puts the whole model into a module"
             )
-        kind = kind_of(place.leaf, len(place.shape))
+        kind = kind_of(place.leaf, place.shape, place.transposed)
         delta = _delta(place.leaf.value, place, kind)
         a, b = (to_numpy(place.path, x) for x in (delta.a, delta.b))
         rank, alpha = delta.rank, delta.alpha

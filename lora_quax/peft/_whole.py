@@ -99,8 +99,8 @@ def has_own_base(place: Place) -> bool:
     return isinstance(x.base, FullArray) or not x.stop_gradient
 
 
-def value_of(place: Place, index: tuple[int, ...]) -> np.ndarray:
-    """What a parameter itself is now, in PyTorch's layout."""
+def value_of(place: Place, index: tuple[int, ...], conv1d: bool) -> np.ndarray:
+    """What a parameter itself is now, in PyTorch's layout: see `Place.to_torch`."""
     x = place.leaf.value
     x = x.base if isinstance(x, LoraArray) else x
     x = x.value if isinstance(x, FullArray) else x
@@ -109,4 +109,4 @@ def value_of(place: Place, index: tuple[int, ...]) -> np.ndarray:
             f"{named(place.path)} would have to be written whole, and is no plain "
             f"array but a {type(x).__name__}."
         )
-    return to_numpy(place.path, x)[index].reshape(place.torch_shape)
+    return place.to_torch(to_numpy(place.path, x)[index], conv1d)

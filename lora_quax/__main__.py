@@ -1,0 +1,134 @@
+"""The command line: arguments and exit codes. What the commands do is in `_cli`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from . import __version__
+from ._cli import _convert, _diff, _inspect, _merge
+
+
+_ADAPTER = (
+    "An adapter is a file that lora_quax.save_adapter wrote, or a folder that PEFT or "
+    "lora_quax.peft.save wrote. Neither a model nor PyTorch is needed."
+)
+_NAMES = (
+    "JSON object from names in {} to names in {}, by their beginnings, as for "
+    "lora_quax.peft: '{{}}' stands for any segment"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        "python -m lora_quax",
+        description="Adapters on disk: see, compare, convert and merge them.",
+        epilog=f"{_ADAPTER} Exit code 2 is trouble, of which stderr says what it is.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"lora_quax {__version__}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run, help: str, more: str) -> argparse.ArgumentParser:
+        out = commands.add_parser(
+            name, help=help, description=f"{help[0].upper()}{help[1:]}. {more}"
+        )
+        out.set_defaults(run=run)
+        return out
+
+    inspect = command(
+        "inspect",
+        lambda args: _inspect.inspect(args.path),
+        "show what an adapter holds, as a table",
+        "The norm is the Frobenius norm of alpha/rank · b @ a. Exit code 1 if anything "
+        f"is not finite, 0 otherwise. {_ADAPTER}",
+    )
+    inspect.add_argument("path", type=Path, metavar="PATH", help="an adapter")
+
+    diff = command(
+        "diff",
+        lambda args: _diff.diff(args.one, args.other),
+        "show in what two adapters differ",
+        "The relative difference of two updates is |X - Y| / max(|X|, |Y|) in the "
+        f"Frobenius norm. Exit code 0 if nothing differs, 1 if something does. "
+        f"{_ADAPTER}",
+    )
+    diff.add_argument("one", type=Path, metavar="A", help="an adapter")
+    diff.add_argument("other", type=Path, metavar="B", help="another one")
+
+    convert = command(
+        "convert",
+        lambda args: _convert.convert(
+            args.source, args.goal, args.names, args.transposed
+        ),
+        "write an adapter in the other format",
+        "From PEFT's format to ours, or from ours to PEFT's; the tensors stay as they "
+        "are. What the other format does not have is refused, with the reason. "
+        f"{_ADAPTER}",
+    )
+    convert.add_argument("source", type=Path, metavar="SRC", help="an adapter")
+    convert.add_argument(
+        "goal", type=Path, metavar="DST", help="a path where nothing is yet"
+    )
+    _add_names(convert, "SRC", "DST")
+    convert.add_argument(
+        "--transposed",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a weight of no known layer, such as that of experts, that the Equinox "
+        "model keeps as (in, out); may be given several times",
+    )
+
+    merge = command(
+        "merge",
+        lambda args: _merge.merge(
+            args.base, args.adapter, args.out, args.names, args.square
+        ),
+        "fold an adapter into a base model",
+        "BASE is a file *.safetensors or a folder of them. Sums are taken in float32 "
+        "(float64 if the base is) and rounded once to the type of the base; names, "
+        "types and metadata of the base stay, and the other files of a folder are "
+        f"copied, but for weights of other formats. {_ADAPTER}",
+    )
+    merge.add_argument("base", type=Path, metavar="BASE", help="the base model")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter")
+    merge.add_argument(
+        "out", type=Path, metavar="OUT", help="a path where nothing is yet"
+    )
+    _add_names(merge, "ADAPTER", "BASE")
+    merge.add_argument(
+        "--square",
+        choices=("out-in", "in-out"),
+        help="how BASE keeps square weights, where nothing else tells",
+    )
+    return parser
+
+
+def _add_names(parser: argparse.ArgumentParser, source: str, goal: str) -> None:
+    parser.add_argument(
+        "--names", type=Path, metavar="FILE.json", help=_NAMES.format(source, goal)
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. **Returns:** the exit code."""
+    try:
+        args = _parser().parse_args(arguments)
+        return args.run(args)
+    except (OSError, TypeError, ValueError) as e:
+        print(f"lora_quax: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
