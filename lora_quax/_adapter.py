@@ -22,9 +22,15 @@ from jaxtyping import PyTree
 
 from ._array import LoraArray, LowRankArray, make
 from ._check import aval_of, check_alpha, check_rank
-from ._files import AdapterError, read_tensors, write_tensors, written_whole
+from ._files import (
+    AdapterError,
+    parse_json,
+    read_tensors,
+    write_tensors,
+    written_whole,
+)
 from ._full import FullArray
-from ._merge import origin, refuse_missing
+from ._merge import origin, refuse_partial
 from ._paths import dotted, is_adapted, is_float, is_value, Leaf, leaves_of, named
 from ._training import partition, trainable
 
@@ -135,9 +141,8 @@ def extract(model: PyTree) -> Adapter:
 
     **Raises:** as `save_adapter`.
     """
+    refuse_partial(model)
     places = [place for place in leaves_of(model) if is_adapted(place.value)]
-    for place in places:
-        refuse_missing(place.path, place.value)
     leaves = jtu.tree_flatten_with_path(written(model)[0])[0]
     refuse_ambiguous(dotted(keys) for keys, _ in leaves)
     tensors = {dotted(keys): to_numpy(dotted(keys), x) for keys, x in leaves}
@@ -185,11 +190,11 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             "PEFT is read by `lora_quax.peft.load`, together with its configuration."
         )
     try:
-        about = json.loads(metadata[_KEY])
+        about = parse_json(metadata[_KEY])
         version, weights = about["version"], about["weights"]
-        if not isinstance(version, int) or not isinstance(weights, dict):
-            raise TypeError(f"got a {type(version).__name__} for the version")
-    except (KeyError, RecursionError, TypeError, ValueError) as e:
+        if type(version) is not int or version < 1 or not isinstance(weights, dict):
+            raise TypeError(f"it is of version {version!r}")
+    except (KeyError, TypeError, ValueError) as e:
         raise AdapterError(f"{path}: its description cannot be read: {e!r}.") from e
     if version > VERSION:
         raise AdapterError(
@@ -230,16 +235,18 @@ def describe(x) -> dict[str, Any]:
     return {"form": "array", "shape": shape, "dtype": aval_of(x).dtype.name}
 
 
-def build(about: dict[str, Any], base) -> Any:
+def build(about: dict[str, Any], base, levels: int = 16) -> Any:
     """The array described, around `base`, with abstract leaves where it trains.
 
     **Raises:** `KeyError`, `TypeError` or `ValueError` if the description makes no
-    sense, or not around this base.
+    sense, or not around this base, or has more than so many levels.
     """
     form = about["form"]
+    if not levels:
+        raise ValueError("it has too many adapters on one another")
     if form == "lora":
-        inner = build(about["base"], base)
-        delta = build({**about["delta"], "shape": aval_of(inner).shape}, None)
+        inner = build(about["base"], base, levels - 1)
+        delta = _build_low_rank(aval_of(inner).shape, **about["delta"])
         return make(
             LoraArray,
             base=inner,
@@ -248,38 +255,52 @@ def build(about: dict[str, Any], base) -> Any:
             allow_materialise=_flag(about["allow_materialise"]),
         )
     if form == "low_rank":
-        return __build_low_rank(**{**about, "shape": tuple(about["shape"])})
+        if base is not None:
+            _check_shape(base, about["shape"])
+        return _build_low_rank(tuple(about["shape"]), **about)
     if form == "full":
-        inner = build(about["base"], base)
-        value = jax.ShapeDtypeStruct(aval_of(inner).shape, about["dtype"])
+        inner = build(about["base"], base, levels - 1)
+        dtype = _float_type(about["dtype"])
+        value = jax.ShapeDtypeStruct(aval_of(inner).shape, dtype)
         return make(FullArray, base=inner, value=value)
     if form != "array":
         raise ValueError(f"its form {form!r} is not known")
-    shape = aval_of(base).shape
-    if tuple(about["shape"]) != shape:
-        raise ValueError(f"has shape {shape}; the adapter is for {about['shape']}")
+    _check_shape(base, about["shape"])
+    _float_type(aval_of(base).dtype)
     return base
 
 
-def __build_low_rank(
-    *, shape, rank, alpha, rows, cols, dtype, allow_materialise, **others
+def _check_shape(x, shape: list[int]) -> None:
+    if list(aval_of(x).shape) != shape:
+        raise ValueError(f"it has shape {aval_of(x).shape}; the adapter is for {shape}")
+
+
+def _build_low_rank(
+    of_shape, /, *, rank, alpha, rows, cols, dtype, allow_materialise, **others
 ) -> LowRankArray:
     del others
+    shape, rank = of_shape, check_rank(rank)
     n = len(shape) - rows - cols
     if min(n, rows, cols) < 0:
-        raise ValueError(f"has shape {shape}, too few axes for {rows} and {cols}")
+        raise ValueError(f"it has shape {shape}, too few axes for {rows} and {cols}")
     a_shape = (*shape[:n], rank, *shape[n + rows :])
     b_shape = (*shape[: n + rows], rank)
     return make(
         LowRankArray,
-        a=jax.ShapeDtypeStruct(a_shape, dtype["a"]),
-        b=jax.ShapeDtypeStruct(b_shape, dtype["b"]),
-        rank=check_rank(rank),
+        a=jax.ShapeDtypeStruct(a_shape, _float_type(dtype["a"])),
+        b=jax.ShapeDtypeStruct(b_shape, _float_type(dtype["b"])),
+        rank=rank,
         alpha=check_alpha(alpha, rank),
         rows=rows,
         cols=cols,
         allow_materialise=_flag(allow_materialise),
     )
+
+
+def _float_type(dtype: Any) -> np.dtype:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{jnp.dtype(dtype).name} is no type of floating point")
+    return jnp.dtype(dtype)
 
 
 def _flag(x) -> bool:

@@ -7,9 +7,11 @@ not lie in a row, and a write that breaks off halfway.
 
 import collections
 import contextlib
+import functools as ft
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +40,11 @@ class TensorFile(NamedTuple):
         """**Raises:** `AdapterError` for a type of number that NumPy does not have."""
         try:
             return self.handle.get_tensor(name)
-        except (AttributeError, KeyError, TypeError) as e:
-            dtype = self.specs[name][0]
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            dtype, shape = self.specs[name]
             raise AdapterError(
-                f"{self.path}: `{name}` is of type {dtype}, which is not supported."
+                f"{self.path}: `{name}` is of type {dtype} and shape {shape}, which "
+                "NumPy does not have."
             ) from e
 
 
@@ -87,14 +90,15 @@ def read_header(path: Path) -> dict[str, Any]:
             if start.startswith((b"PK", b"\x80")):
                 what = "but a pickle, or an archive of one, which can run any code"
             raise AdapterError(f"{path} is no safetensors file: {what}.")
-        text = file.read(length) if len(start) == 8 else b""
-    if len(start) < 8 or len(text) < length:
+        is_whole = len(start) == 8 and 8 + length <= size
+        text = file.read(length) if is_whole else b""
+    if not is_whole:
         raise AdapterError(
             f"{path} is truncated: it ends after {size:,} bytes, within its header."
         )
     try:
-        header = json.loads(text, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as e:
+        header = parse_json(text)
+    except ValueError as e:
         raise AdapterError(f"{path} has a header that cannot be read: {e}.") from e
     return _check_header(path, header, size - 8 - length)
 
@@ -119,6 +123,22 @@ def _check_header(path: Path, header, n_bytes: int) -> dict[str, Any]:
     return header
 
 
+def parse_json(text: str | bytes) -> Any:
+    """**Raises:** `ValueError` if it is no JSON, has a name twice, an integer that
+    Python alone could hold, or more levels than anything here has."""
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_int=_bounded)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+
+
+def _bounded(digits: str) -> int:
+    out = int(digits)
+    if abs(out) >= 2**63:
+        raise ValueError(f"the number {digits:.20}... is too large")
+    return out
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, each of whose names must be there once."""
     counts = collections.Counter(name for name, _ in pairs)
@@ -134,8 +154,8 @@ def read_json(path: Path) -> dict[str, Any]:
     **Raises:** `AdapterError` if it holds anything else.
     """
     try:
-        out = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as e:
+        out = parse_json(path.read_bytes())
+    except ValueError as e:
         raise AdapterError(f"{path} is not JSON: {e}.") from e
     if not isinstance(out, dict):
         raise AdapterError(f"{path} holds {type(out).__name__}, not a JSON object.")
@@ -145,10 +165,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
-    # The library writes an array's memory as it lies, transposed or not.
+    # The library writes an array's memory as it lies, transposed or not; and were the
+    # file its own, nobody else could read it.
     rows = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     rows = {name: x.reshape(tensors[name].shape) for name, x in rows.items()}
-    safetensors.numpy.save_file(rows, path, metadata=metadata)
+    path.write_bytes(safetensors.numpy.save(rows, metadata))
 
 
 @contextlib.contextmanager
@@ -168,8 +189,30 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
         for new in beside:
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-        for new, path in zip(beside, paths):
-            os.replace(new, path)
+        _move(dict(zip(beside, paths)))
     finally:
         for new in beside:
             new.unlink(missing_ok=True)
+
+
+def _move(goals: dict[Path, Path]) -> None:
+    """Moves each file to its goal; if one cannot be, those before it are taken back."""
+    with contextlib.ExitStack() as always, contextlib.ExitStack() as on_failure:
+        for new, path in goals.items():
+            if len(goals) > 1 and path.exists():
+                old = new.with_name(f"{new.name}.old")
+                always.callback(old.unlink, missing_ok=True)
+                _keep(path, old)
+                back = ft.partial(old.replace, path)
+            else:
+                back = ft.partial(path.unlink)
+            os.replace(new, path)
+            on_failure.callback(back)
+        on_failure.pop_all()
+
+
+def _keep(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:  # Not every file system has links.
+        shutil.copy2(path, copy)

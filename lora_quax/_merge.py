@@ -90,6 +90,11 @@ def _base(path: str, x) -> Any:
     return x
 
 
+def refuse_partial(model: PyTree) -> None:
+    """**Raises:** `ValueError` if a leaf of an adapted weight is missing."""
+    _adapted(model)
+
+
 def _adapted(model) -> tuple[list[tuple[str, Any]], Any]:
     """The leaves of a model with their paths; an adapted weight is one leaf."""
     found, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)

@@ -554,7 +554,7 @@ def test_names_of_adapters(tmp_path):
     assert bits(peft.load(tmp_path, base)) == bits(first)
     got = peft.load(tmp_path, base, adapter_name="second-1")
     assert bits(got["q"].weight.delta) == bits(second["q"].weight.delta)
-    with pytest.raises(FileNotFoundError, match="third is no folder"):
+    with pytest.raises(FileNotFoundError, match="adapters of the names 'second-1'"):
         peft.load(tmp_path, base, adapter_name="third")
     (tmp_path / CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match="adapters of the names 'second-1'"):

@@ -76,7 +76,7 @@ class Config:
         if _matches(self.exclude_modules, module):
             return False
         saved = self.modules_to_save or []
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
+        if any(re.match(_saved_regex(name), module) for name in saved):
             return False
         if not _matches(self.target_modules, module):
             return False
@@ -92,11 +92,11 @@ class Config:
         layers = self.layers_to_transform
         if layers is None or layers == []:
             return True
-        patterns = _listed(self.layers_pattern)
-        regexes = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns]
-        for regex in regexes or [r".*?\.[^.]*\.(\d+)\."]:
+        regexes = map(_layer_regex, _listed(self.layers_pattern))
+        for regex in [*regexes] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
             if match := re.match(regex, module):
-                return int(match[1]) in _listed(layers)
+                index = match["idx"]
+                return index is not None and int(index) in _listed(layers)
         return False
 
 
@@ -136,11 +136,11 @@ def read_config(folder: Path) -> Config:
 
 def _what_there_is(folder: Path) -> str:
     if not folder.is_dir():
-        return f"{folder} is no folder."
+        folder = folder.parent
     adapters = sorted(path.parent.name for path in folder.glob(f"*/{FILE}"))
     if not adapters:
-        return "Nor is there one in a folder below."
-    return f"There are adapters of the names {', '.join(map(repr, adapters))}."
+        return f"Nor is there an adapter in a folder in {folder}."
+    return f"In {folder} are adapters of the names {', '.join(map(repr, adapters))}."
 
 
 def _check(path: Path, config: Config) -> None:
@@ -159,14 +159,15 @@ def _check(path: Path, config: Config) -> None:
             "in a form that works on the untouched base, with PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
-    patterns = [*config.rank_pattern, *config.alpha_pattern]
-    patterns += [] if config.modules_to_save is None else config.modules_to_save
-    for names in (config.target_modules, config.exclude_modules):
-        patterns += [names] if isinstance(names, str) else []
-    patterns += _listed(config.layers_pattern)
-    for pattern in patterns:
+    # As they are used: a flag, say, is allowed at the beginning alone.
+    wholes = config.target_modules, config.exclude_modules
+    regexes = {x: x for x in wholes if isinstance(x, str)}
+    regexes |= {x: _end_regex(x) for x in (*config.rank_pattern, *config.alpha_pattern)}
+    regexes |= {x: _saved_regex(x) for x in config.modules_to_save or ()}
+    regexes |= {x: _layer_regex(x) for x in _listed(config.layers_pattern)}
+    for pattern, regex in regexes.items():
         try:
-            re.compile(pattern)
+            re.compile(regex)
         except (re.error, RecursionError, OverflowError) as e:
             raise AdapterError(
                 f"{path}: {pattern!r} is not a regular expression: {e}."
@@ -224,9 +225,21 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+def _end_regex(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _saved_regex(pattern: str) -> str:
+    return rf"(^|.*\.){pattern}($|\..*)"
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
 def _by_pattern(patterns: Mapping[str, Any], name: str, default):
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
+        if re.match(_end_regex(pattern), name):
             return value
     return default
 

@@ -227,6 +227,8 @@ class _Fit:
         if given is None and of_lora is None:
             return None
         try:
+            if given is not None and not jnp.issubdtype(given.dtype, jnp.floating):
+                raise ValueError(f"it is of type {given.dtype.name}, no floating point")
             if given is None:
                 x = self._origin(place, index)
             else:

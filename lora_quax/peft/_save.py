@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from .._adapter import refuse_changed
 from .._array import FactoredArray
 from .._files import write_tensors, written_whole
-from .._merge import refuse_missing
+from .._merge import refuse_partial
 from .._paths import leaves_of, named
 from . import _config, _read
 from ._layout import SUFFIXES
@@ -84,6 +84,7 @@ def save(
     the model is abstract or traced. Nothing is written then. `OSError` if the files
     cannot be written.
     """
+    refuse_partial(model)
     if base is not None:
         refuse_changed(model, base)
     places = places_of(model, names, transposed)
@@ -129,7 +130,6 @@ def _updates(places: list[Place], initial: PyTree) -> dict[str, Update]:
     first = {leaf.path: leaf.value for leaf in leaves_of(initial)}
     out = {}
     for place in places:
-        refuse_missing(place.path, place.leaf.value)
         if isinstance(place.leaf.value, FactoredArray):
             start = UNCHANGED if initial is None else first.get(place.path)
             out |= updates_of(place, start)
