@@ -32,7 +32,7 @@ from ._files import (
 from ._full import FullArray
 from ._merge import origin, refuse_partial
 from ._paths import dotted, is_adapted, is_float, is_value, Leaf, leaves_of, named
-from ._training import partition, trainable
+from ._training import partition
 
 
 VERSION = 1
@@ -168,10 +168,19 @@ def written(model: PyTree) -> tuple[PyTree, PyTree]:
 
 
 def _is_written(node) -> Any:
-    if isinstance(node, LoraArray) and is_adapted(node.base):
-        base, delta = _is_written(node.base), trainable(node.delta)
-        return node.replace(base=base, delta=delta)
-    return trainable(node)
+    """Which leaves of a node are written, as the prefix of a filter spec."""
+    if isinstance(node, LowRankArray):
+        return node.replace(a=True, b=True)
+    if isinstance(node, FullArray):
+        return make(FullArray, base=False, value=True)
+    if isinstance(node, LoraArray):
+        base: Any = False
+        if is_adapted(node.base):
+            base = _is_written(node.base)
+        elif not node.stop_gradient:
+            base = jax.tree.map(is_float, node.base)
+        return node.replace(base=base, delta=_is_written(node.delta))
+    return False
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -213,26 +222,28 @@ def describe(x) -> dict[str, Any]:
         return {
             "form": "lora",
             "base": describe(x.base),
-            "delta": describe(x.delta),
+            "delta": _describe_low_rank(x.delta),
             "stop_gradient": x.stop_gradient,
-            "allow_materialise": x.allow_materialise,
-        }
-    shape = list(aval_of(x).shape)
-    if isinstance(x, LowRankArray):
-        return {
-            "form": "low_rank",
-            "shape": shape,
-            "rank": x.rank,
-            "alpha": x.alpha,
-            "rows": x.rows,
-            "cols": x.cols,
-            "dtype": {"a": x.a.dtype.name, "b": x.b.dtype.name},
             "allow_materialise": x.allow_materialise,
         }
     if isinstance(x, FullArray):
         dtype = x.value.dtype.name
         return {"form": "full", "base": describe(x.base), "dtype": dtype}
+    shape = list(aval_of(x).shape)
+    if isinstance(x, LowRankArray):
+        return {"form": "low_rank", "shape": shape, **_describe_low_rank(x)}
     return {"form": "array", "shape": shape, "dtype": aval_of(x).dtype.name}
+
+
+def _describe_low_rank(x: LowRankArray) -> dict[str, Any]:
+    return {
+        "rank": x.rank,
+        "alpha": x.alpha,
+        "rows": x.rows,
+        "cols": x.cols,
+        "dtype": {"a": x.a.dtype.name, "b": x.b.dtype.name},
+        "allow_materialise": x.allow_materialise,
+    }
 
 
 def build(about: dict[str, Any], base, levels: int = 16) -> Any:

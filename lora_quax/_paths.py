@@ -145,18 +145,18 @@ def _largest_in_wrappers(leaves: list[Leaf]) -> list[Leaf]:
 
     Beside it there may be others, such as the norms of a weight normalisation.
     """
-    largest: dict[str, int] = {}
+    by_layer: dict[str, list[Leaf]] = {}
     for leaf in leaves:
         if leaf.layer is not None and is_float(leaf.value):
-            path = leaf.layer[0]
-            largest[path] = max(_size(leaf.value), largest.get(path, 0))
-
-    def is_other(leaf: Leaf) -> bool:
-        if leaf.layer is None or not is_float(leaf.value):
-            return False
-        return _size(leaf.value) < largest[leaf.layer[0]]
-
-    return [leaf._replace(layer=None) if is_other(leaf) else leaf for leaf in leaves]
+            by_layer.setdefault(leaf.layer[0], []).append(leaf)
+    others = set()
+    for group in by_layer.values():
+        if len(group) > 1:
+            sizes = [_size(leaf.value) for leaf in group]
+            others |= {x.path for x, n in zip(group, sizes) if n < max(sizes)}
+    return [
+        leaf._replace(layer=None) if leaf.path in others else leaf for leaf in leaves
+    ]
 
 
 def _size(x) -> int:
