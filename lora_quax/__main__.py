@@ -66,7 +66,7 @@ def _parser() -> _Parser:
     convert = command(
         "convert",
         lambda args: _convert.convert(
-            args.source, args.goal, args.names, args.transposed
+            args.source, args.goal, args.names, args.transposed, args.fan_in_fan_out
         ),
         "write an adapter in the other format",
         "From PEFT's format to ours, or from ours to PEFT's; the tensors stay as they "
@@ -87,6 +87,12 @@ def _parser() -> _Parser:
         "model keeps as (in, out); may be given several times",
     )
 
+    convert.add_argument(
+        "--fan-in-fan-out",
+        action="store_true",
+        help="to PEFT: its layers are those of a GPT-2, kept as (in, out)",
+    )
+
     merge = command(
         "merge",
         lambda args: _merge.merge(
@@ -94,9 +100,9 @@ def _parser() -> _Parser:
         ),
         "fold an adapter into a base model",
         "BASE is a file *.safetensors or a folder of them. Sums are taken in float32 "
-        "(float64 if the base is) and rounded once to the type of the base; names, "
-        "types and metadata of the base stay, and the other files of a folder are "
-        f"copied, but for weights of other formats. {_ADAPTER}",
+        "(float64 if either is) and rounded once to the type of the base; names, "
+        "types and metadata of the base stay, and the other files in the folder, not "
+        f"below it, are copied, but for weights of other formats. {_ADAPTER}",
     )
     merge.add_argument("base", type=Path, metavar="BASE", help="the base model")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter")

@@ -26,12 +26,22 @@ from ._files import (
     AdapterError,
     parse_json,
     read_tensors,
+    refuse,
     write_tensors,
     written_whole,
 )
 from ._full import FullArray
 from ._merge import origin, refuse_partial
-from ._paths import dotted, is_adapted, is_float, is_value, Leaf, leaves_of, named
+from ._paths import (
+    dotted,
+    is_adapted,
+    is_array,
+    is_float,
+    is_value,
+    Leaf,
+    leaves_of,
+    named,
+)
 from ._training import partition
 
 
@@ -119,7 +129,7 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
             except (AttributeError, KeyError, TypeError, ValueError) as e:
                 problems.append(f"{named(name)}: {e}")
     skeleton = jax.tree.unflatten(treedef, skeletons)
-    refuse_problems(path, problems)
+    refuse_misfit(path, problems)
 
     params, rest = written(skeleton)
     expected = _specs(params)
@@ -128,8 +138,8 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
     found = {name: (x.shape, x.dtype) for name, x in adapter.tensors.items()}
     problems += differences("its description", expected, found)
     for name, x in adapter.tensors.items():
-        problems += too_wide(name, x)
-    refuse_problems(path, problems)
+        problems += too_wide(name, x.dtype)
+    refuse_misfit(path, problems)
     params = jtu.tree_map_with_path(
         lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
     )
@@ -271,13 +281,13 @@ def build(about: dict[str, Any], base, levels: int = 16) -> Any:
         return _build_low_rank(tuple(about["shape"]), **about)
     if form == "full":
         inner = build(about["base"], base, levels - 1)
-        dtype = _float_type(about["dtype"])
+        dtype = float_type(about["dtype"])
         value = jax.ShapeDtypeStruct(aval_of(inner).shape, dtype)
         return make(FullArray, base=inner, value=value)
     if form != "array":
         raise ValueError(f"its form {form!r} is not known")
     _check_shape(base, about["shape"])
-    _float_type(aval_of(base).dtype)
+    float_type(aval_of(base).dtype.name)
     return base
 
 
@@ -298,8 +308,8 @@ def _build_low_rank(
     b_shape = (*shape[: n + rows], rank)
     return make(
         LowRankArray,
-        a=jax.ShapeDtypeStruct(a_shape, _float_type(dtype["a"])),
-        b=jax.ShapeDtypeStruct(b_shape, _float_type(dtype["b"])),
+        a=jax.ShapeDtypeStruct(a_shape, float_type(dtype["a"])),
+        b=jax.ShapeDtypeStruct(b_shape, float_type(dtype["b"])),
         rank=rank,
         alpha=check_alpha(alpha, rank),
         rows=rows,
@@ -308,10 +318,14 @@ def _build_low_rank(
     )
 
 
-def _float_type(dtype: Any) -> np.dtype:
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"{jnp.dtype(dtype).name} is no type of floating point")
-    return jnp.dtype(dtype)
+_TYPES = "float16", "bfloat16", "float32", "float64"
+
+
+def float_type(name: str) -> np.dtype:
+    """**Raises:** `TypeError` if it is no name of a type that is written."""
+    if name not in _TYPES:
+        raise TypeError(f"its type is {name!r}; {', '.join(_TYPES)} are known")
+    return jnp.dtype(name)
 
 
 def _flag(x) -> bool:
@@ -346,14 +360,15 @@ def to_numpy(path: str, x) -> np.ndarray:
 
 
 def refuse_changed(model: PyTree, base: PyTree) -> None:
-    """**Raises:** `ValueError` if arrays that do not train are not those of `base`."""
-    before = {place.path: place.value for place in leaves_of(base)}
-    changed = []
-    for place in leaves_of(model):
-        x, y = origin(place.value), before.get(place.path)
-        trains = isinstance(place.value, LoraArray) and not place.value.stop_gradient
-        if is_float(x) and not trains and not _is_equal(x, y):
-            changed.append(named(place.path))
+    """**Raises:** `ValueError` if what would not be written is not as in `base`."""
+    before = {place.path: origin(place.value) for place in leaves_of(base)}
+    changed = [
+        named(place.path)
+        for place in leaves_of(model)
+        if is_array(place.value)
+        and not _base_is_written(place.value)
+        and not same_bits(origin(place.value), before.get(place.path))
+    ]
     if changed:
         raise ValueError(
             f"{', '.join(changed)} would not be written, and are not what they are in "
@@ -362,11 +377,26 @@ def refuse_changed(model: PyTree, base: PyTree) -> None:
         )
 
 
-def _is_equal(x, y) -> bool:
+def _base_is_written(x) -> bool:
+    """Whether there is nothing below the arrays of ours that is left out."""
+    if isinstance(x, LoraArray):
+        if is_adapted(x.base):
+            return _base_is_written(x.base)
+        return not x.stop_gradient
+    return isinstance(x, LowRankArray)
+
+
+def same_bits(x, y) -> bool:
     return jax.tree.structure(x) == jax.tree.structure(y) and all(
-        u.dtype == v.dtype and np.asarray(u).tobytes() == np.asarray(v).tobytes()
-        for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
+        _bits(u) == _bits(v) for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
     )
+
+
+def _bits(x) -> tuple:
+    if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    x = np.asarray(x)
+    return x.shape, x.dtype, x.tobytes()
 
 
 def refuse_ambiguous(paths: Iterable[str]) -> None:
@@ -400,19 +430,16 @@ def differences(whose: str, expected: _Specs, found: _Specs) -> list[str]:
     return problems
 
 
-def too_wide(name: str, x: np.ndarray) -> list[str]:
+def too_wide(name: str, dtype: np.dtype) -> list[str]:
     """The problem, if there is one, that JAX would narrow an array without a word."""
-    if jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype:
+    if jax.dtypes.canonicalize_dtype(dtype) == dtype:
         return []
     return [
-        f"`{name}` is of type {x.dtype.name}, which JAX has with `jax_enable_x64` alone"
+        f"`{name}` is of type {dtype.name}, which JAX has with `jax_enable_x64` alone"
     ]
 
 
-def refuse_problems(path, problems: list[str]) -> None:
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in sorted(problems))
-        raise AdapterError(
-            f"The adapter {path} does not fit the model, of which nothing was changed:"
-            f"{lines}"
-        )
+def refuse_misfit(path, problems: list[str]) -> None:
+    """**Raises:** `AdapterError`, which lists the problems, if there are any."""
+    what = f"The adapter {path} does not fit the model, of which nothing was changed"
+    refuse(what, problems)

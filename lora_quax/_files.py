@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,12 @@ import safetensors.numpy
 
 class AdapterError(ValueError):
     """A file that is not the adapter it should be, or does not fit the model."""
+
+
+def refuse(what: str, problems: Iterable[str]) -> None:
+    """**Raises:** `AdapterError`, which lists the problems, if there are any."""
+    if lines := "".join(f"\n  - {problem}" for problem in sorted(problems)):
+        raise AdapterError(f"{what}:{lines}")
 
 
 _LARGEST_HEADER = 100_000_000  # Of the format itself.
@@ -176,7 +182,8 @@ def write_tensors(
 def written_whole(*paths: Path) -> Iterator[list[Path]]:
     """Files to write beside their goals, which are moved into place when all are done.
 
-    If anything fails, what was at the goals is still there, and nothing else is.
+    If anything fails, what was at the goals is still there, and nothing else is. Only a
+    machine that stops between two moves leaves one file new and another old.
     """
     for path in paths:
         if not path.parent.is_dir():
@@ -198,16 +205,17 @@ def written_whole(*paths: Path) -> Iterator[list[Path]]:
 def _move(goals: dict[Path, Path]) -> None:
     """Moves each file to its goal; if one cannot be, those before it are taken back."""
     with contextlib.ExitStack() as always, contextlib.ExitStack() as on_failure:
-        for new, path in goals.items():
-            if len(goals) > 1 and path.exists():
+        *first, (last, goal) = goals.items()
+        for new, path in first:
+            back = ft.partial(path.unlink)
+            if path.exists():
                 old = new.with_name(f"{new.name}.old")
                 always.callback(old.unlink, missing_ok=True)
                 _keep(path, old)
                 back = ft.partial(old.replace, path)
-            else:
-                back = ft.partial(path.unlink)
             os.replace(new, path)
             on_failure.callback(back)
+        os.replace(last, goal)
         on_failure.pop_all()
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import pytest
 import quax
 import safetensors.numpy
+from files import bits, Int8, listing, numbers
 from helpers import normal
 from jax import lax
 from jaxtyping import Array
-from test_merge import bits, Int8
 
 from lora_quax import (
     AdapterError,
@@ -230,25 +230,6 @@ def plan(case: Case, base):
     return eqx.filter_eval_shape(adapt, base, jr.key(0))
 
 
-def numbers(tree):
-    """An abstract tree with numbers in it, and one with others where it trains.
-
-    All of them are NumPy's: nothing has to be compiled for a model.
-    """
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        if not isinstance(x, jax.ShapeDtypeStruct):
-            return x
-        x = np.asarray(rng.uniform(-2, 2, x.shape) * 30).astype(x.dtype)
-        return jnp.asarray(x / 30 if jnp.issubdtype(x.dtype, jnp.floating) else x)
-
-    draw_all = lambda tree: jax.tree.map(draw, tree)
-    params, frozen = partition(tree)
-    frozen = draw_all(frozen)
-    return tuple(eqx.combine(draw_all(params), frozen) for _ in range(2))
-
-
 def models(case: Case):
     """A base, its adapted model with nothing as it starts, and another draw of it."""
     base = eqx.filter_eval_shape(case.make, jr.key(0))
@@ -267,12 +248,6 @@ def abstract(model):
 
 def named_leaves(tree) -> dict[str, Any]:
     return {dotted(keys): x for keys, x in jtu.tree_flatten_with_path(tree)[0]}
-
-
-def listing(folder) -> dict[str, bytes | None]:
-    """All that is in a folder, and in the folders below it."""
-    found = sorted(folder.rglob("*"))
-    return {str(p): p.read_bytes() if p.is_file() else None for p in found}
 
 
 def _lora_mlp():
@@ -737,8 +712,8 @@ def test_float64_needs_x64(tmp_path):
 # Writes that break off.
 
 
-def _save_peft(path, model):
-    peft.save(path.parent, model)
+def _save_peft(path, model, **kwargs):
+    peft.save(path.parent, model, **kwargs)
 
 
 def _full_disk(*args, **kwargs):
@@ -816,3 +791,31 @@ def test_paths_that_cannot_be_written(path, error, match, tmp_path):
     with pytest.raises(error, match=match):
         save_adapter(tmp_path / path, _lora_mlp())
     assert listing(tmp_path) == before
+
+
+# What is held to be as in the base: `test_peft.py` has it for both formats.
+
+
+def test_what_is_written_may_change(tmp_path):
+    base = {"w": jnp.ones((3, 4)), "x": jnp.ones(4)}
+    model = loraify(base, 1, jr.key(0), targets={"w": True, "x": "full"})
+    model = {**model, "w": model["w"].replace(stop_gradient=False)}
+    where = lambda m: (m["w"].base, m["w"].delta.b, m["x"].value)
+    model = eqx.tree_at(where, model, replace_fn=lambda x: x + 1)
+    save_adapter(tmp_path / "x", model, base=base)
+    assert bits(load_adapter(tmp_path / "x", base)) == bits(model)
+
+
+def test_a_low_rank_array_alone_may_change(tmp_path):
+    base, model, _ = models_of("a low-rank array")
+    assert bits(base) != bits(model)
+    save_adapter(tmp_path / "x", model, base=base)
+
+
+def test_complex_arrays_may_not_change(tmp_path):
+    base = {"w": jnp.ones((3, 4)), "z": jnp.ones(4, jnp.complex64), "n": jnp.arange(3)}
+    model = loraify(base, 1, jr.key(0), targets="w")
+    save_adapter(tmp_path / "x", model, base=base)
+    model = {**model, "z": model["z"] * 2, "n": model["n"] + 1}
+    with pytest.raises(ValueError, match="^`n`, `z` would not be written"):
+        save_adapter(tmp_path / "x", model, base=base)

@@ -23,8 +23,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from test_adapter import listing
-from test_merge import bits
+from files import bits, listing
 
 from lora_quax import AdapterError, load_adapter, loraify, peft, save_adapter
 from lora_quax._adapter import read_adapter

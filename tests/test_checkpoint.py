@@ -12,8 +12,8 @@ import jax.random as jr
 import optax
 import pytest
 import quax
+from files import bits
 from jax import lax
-from test_merge import bits
 
 from lora_quax import (
     filter_value_and_grad,

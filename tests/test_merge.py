@@ -7,8 +7,7 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
-import quax
-from jax.core import ShapedArray
+from files import bits, Int8
 
 from lora_quax._array import LoraArray, LowRankArray
 from lora_quax._full import FullArray
@@ -54,12 +53,6 @@ def cast(model, dtype):
         ),
         model,
     )
-
-
-def bits(tree):
-    """Exactly what is in memory, of each array."""
-    leaves = jax.tree.leaves(eqx.filter(tree, eqx.is_array))
-    return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in leaves]
 
 
 def dense(x):
@@ -124,18 +117,6 @@ def test_donation_leaves_a_base_that_is_there_twice(getkey):
     other = LoraArray(weight.base, rank=2, key=getkey(), init_b=normal)
     one, two, base = merge((weight, other, weight.base), donate=True)
     assert jnp.all(base == 1) and not jnp.allclose(one, two)
-
-
-class Int8(quax.ArrayValue):
-    """A quantised array, in little."""
-
-    q: jax.Array
-
-    def aval(self):
-        return ShapedArray(self.q.shape, jnp.float32)
-
-    def materialise(self):
-        return self.q.astype(jnp.float32) / 16
 
 
 @pytest.mark.parametrize("donate", [False, True])

@@ -20,8 +20,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_adapter import listing, numbers
-from test_merge import bits, Int8
+from files import bits, Int8, listing, numbers
 
 from lora_quax import (
     Adapt,
@@ -31,6 +30,7 @@ from lora_quax import (
     LoraArray,
     loraify,
     LowRankArray,
+    merge,
     partition,
     peft,
     save_adapter,
@@ -685,6 +685,16 @@ REFUSED = {
         lambda: in_full_beside_int8(),
         "`m.table` would have to be written whole, and is no plain array but a Int8",
     ),
+    "a module and a parameter of it": (
+        lambda: adapted(
+            {"m": {"weight": array(4, 4), "u": array(4, 4)}}, ["m.weight", "m.u"]
+        ),
+        "`m.weight` is adapted, and so is another parameter of its module",
+    ),
+    "parameters of one shape in a dictionary": (
+        lambda: adapted({"m": {"z": array(4, 4), "u": array(4, 4)}}, ["m.z", "m.u"]),
+        "m.u, m.z are of one shape, and PEFT tells them apart by their order alone",
+    ),
     "what trains alone": (
         lambda: partition(adapted({"m": {"weight": array(3, 3)}}, ["m.weight"]))[0],
         "`m.weight` has None for its `base`",
@@ -716,6 +726,100 @@ def test_abstract_models_are_refused(tmp_path):
     assert not listing(tmp_path)
 
 
+@pytest.mark.parametrize("option", [{"lora_dropout": 0.1}, {"fan_in_fan_out": True}])
+def test_parameters_have_no_dropout_and_no_conv1d(option, tmp_path):
+    model = adapted({"m": {"up": array(3, 4, 5)}}, ["m.up"])
+    with pytest.raises(ValueError, match="`m.up`, a single parameter, with neither"):
+        peft.save(tmp_path / "x", model, **option)
+    assert not listing(tmp_path)
+
+
+def test_known_layers_are_not_transposed(tmp_path):
+    with pytest.raises(ValueError, match="`q.weight` is of a known layer, and not"):
+        peft.save(tmp_path / "x", adapted({"q": linear()}), transposed=["q.weight"])
+
+
+def test_a_model_that_is_an_array(tmp_path):
+    model = LoraArray(jnp.ones((3, 4, 5)), rank=2, key=jr.key(0))
+    names = {"": "m.up"}
+    peft.save(tmp_path, model, names=names)
+    assert bits(peft.load(tmp_path, model.base, names=names)) == bits(model)
+
+
+# Bases that are written as well.
+
+
+class _Experts(eqx.Module):
+    up: Any
+    down: Any
+    bias: Any
+
+
+def test_bases_of_several_parameters_are_below_as_many_layers(tmp_path):
+    base = {"m": _Experts(array(3, 4, 5), array(3, 5, 4), array(4))}
+    targets = {"m.up": True, "m.down": True, "m.bias": "full"}
+    model = adapted(base, targets, stop_gradient=False)
+    _, tensors = exported(tmp_path, model)
+    assert {name for name in tensors if "lora" not in name} == {
+        f"m.base_layer.base_layer.{name}" for name in ("up", "down", "bias")
+    }
+    got = peft.load(tmp_path, jax.tree.map(jnp.zeros_like, unload(model)))
+    assert np.array_equal(got["m"].up.base.value, model["m"].up.base)
+    assert np.array_equal(got["m"].bias.value, model["m"].bias.value)
+
+
+def test_a_layer_without_an_update_keeps_what_it_was_trained_to(tmp_path):
+    """Of a stack, one layer is adapted and another one is saved whole."""
+    base = numbers({"q": linear(), **adapted({"v": linear()})})[0]
+    layers = {"layers": [base["q"], unload(base)["v"]]}
+    model = loraify(
+        layers, 2, jr.key(0), targets={"layers.0": True, "layers.1": "full"}
+    )
+    model = eqx.tree_at(lambda m: m["layers"][1].weight.value, model, jnp.ones((4, 3)))
+    peft.save(tmp_path / "x", model)
+    both = jax.tree.map(lambda *x: jnp.stack(x), *layers["layers"])
+    names = {"blocks": "layers.{}"}
+    for folder, again in ("x", "y"), ("y", "z"):
+        got = peft.load(tmp_path / folder, {"blocks": both}, names=names)
+        assert jnp.all(merge(got)["blocks"].weight[1] == 1)
+        peft.save(tmp_path / again, got, names=names)
+
+
+def test_layers_of_several_types_of_number_are_not_narrowed(tmp_path):
+    model = adapted({"layers": [linear(), linear()]})
+    layers = unload(model)
+    narrow = lambda m: m["layers"][0].weight.delta.a
+    model = eqx.tree_at(narrow, model, replace_fn=lambda x: x.astype(jnp.bfloat16))
+    peft.save(tmp_path, model)
+    both = jax.tree.map(lambda *x: jnp.stack(x), *layers["layers"])
+    got = peft.load(tmp_path, {"blocks": both}, names={"blocks": "layers.{}"})
+    for i, layer in enumerate(model["layers"]):
+        a = layer.weight.a.astype(jnp.float32)
+        assert np.array_equal(got["blocks"].weight.a[i], a)
+
+
+@pytest.mark.parametrize("alpha,rank", [(14, 8), (7, 2), (28, 8), (0.3, 5), (16, 4)])
+def test_alpha_comes_back_as_it_was(alpha, rank, tmp_path):
+    model = adapted({"q": linear()}, rank=rank)
+    config, _ = exported(tmp_path, model, use_rslora=True)
+    config["lora_alpha"] = alpha
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    got = peft.load(tmp_path, unload(model))
+    again, _ = exported(tmp_path, got, use_rslora=True)
+    assert again["lora_alpha"] == pytest.approx(alpha, rel=1e-15)
+    assert alpha != int(alpha) or again["lora_alpha"] == alpha
+
+
+def test_a_tensor_is_not_there_by_two_names(tmp_path):
+    model = adapted({"q": linear()}, {"q": True, "q.bias": "full"})
+    _, tensors = exported(tmp_path, model)
+    tensors["q.bias"] = tensors["q.base_layer.bias"]
+    tensors = {PREFIX + name: x for name, x in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(AdapterError, match="with `base_layer` in its name and without"):
+        peft.load(tmp_path, unload(model))
+
+
 def test_an_entry_of_transposed_that_matches_nothing(tmp_path):
     model = adapted({"q": linear()})
     with pytest.raises(ValueError, match="'w' of `transposed` matched no array"):
@@ -723,21 +827,33 @@ def test_an_entry_of_transposed_that_matches_nothing(tmp_path):
     assert not listing(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "change,match",
-    [
-        (
-            lambda _: {"q": LoraArray(jnp.ones((4, 3)), rank=2, key=jr.key(0))},
-            "`initial`",
-        ),
-        (lambda model: adapted({"q": linear()}, rank=3), "has another rank or alpha"),
-        (lambda model: unload(model), "there is no `LoraArray`"),
-    ],
-)
+INITIAL = {
+    "another base": (lambda m: with_leaf(m, lambda w: w.base), "would not be written"),
+    "another rank": (lambda m: loraify(unload(m), 3, jr.key(0)), "another rank or alp"),
+    "not adapted": (unload, "there is no `LoraArray`"),
+}
+
+
+def with_leaf(model, where):
+    """The model with one leaf of its weight changed."""
+    return eqx.tree_at(
+        lambda m: where(m["q"].weight), model, replace_fn=lambda x: x + 1
+    )
+
+
+@pytest.mark.parametrize("change,match", INITIAL.values(), ids=INITIAL)
 def test_initial_models_that_do_not_fit(change, match, tmp_path):
     model = adapted({"q": linear()})
-    with pytest.raises(ValueError, match="`q.weight` cannot be exchanged"):
+    with pytest.raises(ValueError, match=match):
         peft.save(tmp_path / "x", model, initial=change(model))
+    assert not listing(tmp_path)
+
+
+def test_a_base_that_trained_is_not_that_of_the_initial_model(tmp_path):
+    initial = adapted({"q": linear()}, stop_gradient=False)
+    model = with_leaf(initial, lambda w: w.base)
+    with pytest.raises(ValueError, match="its base is not the one that it has in `ini"):
+        peft.save(tmp_path / "x", model, initial=initial)
     assert not listing(tmp_path)
 
 

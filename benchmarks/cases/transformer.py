@@ -29,7 +29,7 @@ PEERS = {
     "plain": "by hand, plain JAX",
     "quax_example": "quax.examples.lora",
     "nnx": "flax nnx.LoRALinear",
-    "qwix": "nnx_qwix",
+    "nnx_qwix": "qwix",
 }
 ADAPT = {"by_hand", "quax_example"}  # The Equinox model as it is.
 TORCH = "PEFT, torch"

@@ -19,7 +19,11 @@ from ._out import refuse_existing
 
 
 def convert(
-    source: Path, goal: Path, names: Path | None, transposed: Sequence[str]
+    source: Path,
+    goal: Path,
+    names: Path | None,
+    transposed: Sequence[str],
+    fan_in_fan_out: bool = False,
 ) -> int:
     """**Raises:** `AdapterError` or `ValueError`, with the reason, for what the other
     format does not have; `OSError`. Nothing is written then."""
@@ -28,7 +32,13 @@ def convert(
     with jax.enable_x64(True):  # Or JAX would narrow float64 without a word.
         if content.format == "lora_quax":
             model = skeleton_of_ours(source)
-            save(goal, model, names=read_names(names), transposed=transposed)
+            save(
+                goal,
+                model,
+                names=read_names(names),
+                transposed=transposed,
+                fan_in_fan_out=fan_in_fan_out,
+            )
             return 0
         if goal.is_dir():
             raise IsADirectoryError(f"{goal} is a folder; a file is to be written.")

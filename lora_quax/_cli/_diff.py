@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..peft._initial import INITIALISATIONS
 from ._content import read_content
 from ._norm import distance, distance_of_values, same, same_bits
 from ._update import Content, Update
@@ -13,11 +14,22 @@ def diff(one: Path, other: Path) -> int:
     """Prints what differs, a line each. **Returns:** 0 if nothing does, 1 otherwise."""
     first, second = read_content(one), read_content(other)
     lines = [
+        *_between(_settings(first), _settings(second), one, other, _of_settings),
         *_between(first.updates, second.updates, one, other, _of_updates),
         *_between(_whole(first), _whole(second), one, other, _of_values),
     ]
     print(*lines, sep="\n", end="\n" if lines else "")
     return 1 if lines else 0
+
+
+def _settings(content: Content) -> dict[str, str]:
+    """What changes the base, where others leave it as it is."""
+    by = content.initialisation
+    return {"init_lora_weights": str(by)} if by in INITIALISATIONS else {}
+
+
+def _of_settings(x: str, y: str) -> list[str]:
+    return [f"{x} and {y}"] if x != y else []
 
 
 def _whole(content: Content) -> dict[str, np.ndarray]:

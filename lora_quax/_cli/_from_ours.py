@@ -38,6 +38,11 @@ def skeleton_of_ours(source: Path) -> Any:
         else:
             tree[path] = x
     # The path of the model itself is empty, which no key of a dictionary would be.
+    if "" in tree and len(tree) > 1:
+        raise AdapterError(
+            f"{source}: the model itself is a layer, and has others in it. PEFT cannot "
+            "adapt such a model."
+        )
     return tree.get("", tree)
 
 

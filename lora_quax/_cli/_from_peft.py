@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._files import AdapterError
+from .._files import AdapterError, refuse
 from .._paths import join, named
 from .._targets import read_pattern
 from ..peft._names import Namer, split
@@ -121,6 +121,4 @@ def _refuse_the_unknown(content: Content) -> None:
                 f"`{name}` is saved whole with shape {x.shape}, and may be of a "
                 "transposed convolution, which Equinox lays out otherwise"
             )
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise AdapterError(f"{content.path} cannot be converted:{lines}")
+    refuse(f"{content.path} cannot be converted", problems)

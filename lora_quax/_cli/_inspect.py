@@ -6,6 +6,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
+from ..peft._initial import INITIALISATIONS
 from ._console import show
 from ._content import arrays_of, is_finite, read_content, totals
 from ._norm import norm
@@ -26,7 +27,9 @@ def inspect(path: Path) -> int:
 def _table(content: Content, bad: set[str]) -> Table:
     total = totals(content)
     table = Table(box=SIMPLE, show_footer=True, title_justify="left")
-    table.title = Text(f"{content.path}, an adapter of {content.format}")
+    initialised = f", initialised by {content.initialisation}"
+    shown = initialised if content.initialisation in INITIALISATIONS else ""
+    table.title = Text(f"{content.path}, an adapter of {content.format}{shown}")
     sizes = f"{total.parameters:,} parameters, {total.bytes:,} bytes"
     table.add_column("path", footer=sizes, overflow="fold")
     table.add_column("kind", overflow="fold")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._adapter import build, differences, read_adapter, written
+from .._adapter import build, differences, float_type, read_adapter, written
 from .._array import LoraArray, LowRankArray
-from .._files import AdapterError
+from .._files import refuse
 from .._full import FullArray
 from .._paths import dotted, join, named
 from ._update import Content, Update
@@ -54,7 +54,9 @@ def _update(weight: str, x: LowRankArray, kind: str) -> Update:
     shape = *b.shape[:-1], *a.shape[a.ndim - x.cols :]
     a = a.reshape(*batch, x.rank, -1)
     b = b.reshape(*batch, -1, x.rank)
-    return Update((weight,), kind, a, b, x.alpha, shape)
+    # Equinox keeps its layers as (out, in); the base may be another library's.
+    turns = kind in ("linear", "array") and a.ndim == 2
+    return Update((weight,), kind, a, b, x.alpha, shape, may_turn=turns)
 
 
 def read_arrays(path: Path) -> dict[str, tuple[Any, dict[str, Any] | None]]:
@@ -76,9 +78,7 @@ def read_arrays(path: Path) -> dict[str, tuple[Any, dict[str, Any] | None]]:
     found = {name: (x.shape, x.dtype) for name, x in adapter.tensors.items()}
     if not problems:
         problems = differences("its description", expected, found)
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in sorted(problems))
-        raise AdapterError(f"The adapter {path} is not sound:{lines}")
+    refuse(f"The adapter {path} is not sound", problems)
 
     def filled(name: str, skeleton):
         params, frozen = written(skeleton)
@@ -100,7 +100,7 @@ def _base(about: dict[str, Any]) -> jax.ShapeDtypeStruct | None:
         about = about["base"]
     if about["form"] != "array":
         return None
-    return jax.ShapeDtypeStruct(tuple(about["shape"]), about["dtype"])
+    return jax.ShapeDtypeStruct(tuple(about["shape"]), float_type(about["dtype"]))
 
 
 def _layer(about: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .._files import AdapterError
+from .._files import refuse
 from .._paths import join
 from ..peft import _read
 from ..peft._config import Config
@@ -32,11 +32,9 @@ def read_content(folder: Path) -> Content:
         updates[weights[0] if len(weights) == 1 else module] = out
     for module, x in adapter.biases.items():
         added[join(module, "bias")] = Added(x, config.scaling(module))
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in sorted(problems))
-        raise AdapterError(f"The adapter {folder} is not sound:{lines}")
-    flag = config.fan_in_fan_out
-    return Content(folder, "PEFT", updates, adapter.values, added, flag)
+    refuse(f"The adapter {folder} is not sound", problems)
+    flags = config.fan_in_fan_out, config.init_lora_weights
+    return Content(folder, "PEFT", updates, adapter.values, added, *flags)
 
 
 def _wrapped(adapter: _read.PeftAdapter) -> dict[str, tuple[str, ...]]:

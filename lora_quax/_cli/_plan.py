@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from .._files import AdapterError
+from .._files import refuse
+from ..peft._initial import INITIALISATIONS
 from ..peft._names import Namer, split, stack_axes, unstack
 from ._base import Base, Tensor
 from ._content import arrays_of, is_finite
@@ -19,7 +20,10 @@ from ._update import Added, Content, Update
 
 Square: TypeAlias = Literal["out-in", "in-out"] | None
 _FLOATS = ("BF16", "F16", "F32", "F64")
-_TURNS = ("linear", "experts")  # Kinds that a model may keep as (in, out).
+_TURNS = ("linear", "array", "experts")  # Kinds that a model may keep as (in, out).
+# What `transformers` calls its layers that are kept so. PEFT has one flag for them all,
+# which says no where others are adapted beside them.
+_CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
 
 
 class Part(NamedTuple):
@@ -65,12 +69,16 @@ class _Planner:
             self._value(weight, x)
         for bias, added in self.content.added.items():
             self._add(bias, added)
-        if self.problems:
-            lines = "".join(f"\n  - {problem}" for problem in self.problems)
-            raise AdapterError(
-                f"{self.content.path} cannot be merged into the base; nothing was "
-                f"written:{lines}"
+        if self.content.initialisation in INITIALISATIONS:
+            self.problems.append(
+                f"`init_lora_weights` is {self.content.initialisation!r}: the base is "
+                "to be reduced first, as `lora_quax.peft.load` does"
             )
+        self._refuse_turned_values()
+        refuse(
+            f"{self.content.path} cannot be merged into the base; nothing was written",
+            self.problems,
+        )
         self.namer.check()
         return self.tasks
 
@@ -161,8 +169,11 @@ class _Planner:
     def _square(self, name: str, part: Part) -> None:
         """A square weight lies as the others do."""
         others = set(self.turns[part.update.kind])
-        if part.update.kind == "linear":
-            others.add(self.content.fan_in_fan_out)
+        may_be_conv1d = split(split(name)[0])[1] in _CONV1D
+        if self.content.fan_in_fan_out:
+            others = {True} if part.update.kind == "linear" else others
+        elif part.update.kind == "linear":
+            others = set() if may_be_conv1d else others | {False}
         if self.square is not None:
             others = {self.square == "in-out"}
         if len(others) == 1:
@@ -181,6 +192,20 @@ class _Planner:
                 continue
             if self._fits(name, tensor, value.shape):
                 self._task(name).value = value
+
+    def _refuse_turned_values(self) -> None:
+        """A square matrix given whole lies as it does in the adapter, or who knows."""
+        for name, task in self.tasks.items():
+            if task.value is None or task.value.ndim != 2:
+                continue
+            rows, cols = task.value.shape
+            may_be_turned = self.content.fan_in_fan_out or self.square == "in-out"
+            is_turned = any(part.turned for part in task.parts)
+            if rows == cols and (may_be_turned or is_turned):
+                self.problems.append(
+                    f"`{name}` is square and given whole, so that there is no telling "
+                    "whether the base keeps it transposed"
+                )
 
     def _add(self, bias: str, added: Added) -> None:
         name = self.namer(bias)

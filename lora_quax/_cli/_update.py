@@ -55,3 +55,4 @@ class Content(NamedTuple):
     values: dict[str, np.ndarray]  # weight -> what it is, before updates
     added: dict[str, Added]  # bias -> what is added to it
     fan_in_fan_out: bool = False
+    initialisation: bool | str | None = True  # by PEFT's names; it may change the base

@@ -5,6 +5,7 @@ The rules by which PEFT matches names are its own, and are followed to the lette
 """
 
 import dataclasses
+import functools as ft
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -76,7 +77,7 @@ class Config:
         if _matches(self.exclude_modules, module):
             return False
         saved = self.modules_to_save or []
-        if any(re.match(_saved_regex(name), module) for name in saved):
+        if any(_compiled(_saved_regex(name)).match(module) for name in saved):
             return False
         if not _matches(self.target_modules, module):
             return False
@@ -94,7 +95,7 @@ class Config:
             return True
         regexes = map(_layer_regex, _listed(self.layers_pattern))
         for regex in [*regexes] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if match := re.match(regex, module):
+            if match := _compiled(regex).match(module):
                 index = match["idx"]
                 return index is not None and int(index) in _listed(layers)
         return False
@@ -116,7 +117,7 @@ def read_config(folder: Path) -> Config:
             kind, is_kind = _KINDS[name]
             if value is not None and not is_kind(value):
                 raise AdapterError(f"{path}: `{name}` must be {kind}, got {value!r}.")
-        elif name not in _HARMLESS and value not in (None, False, {}, []):
+        elif name not in _HARMLESS and not _is_off(value):
             raise AdapterError(
                 f"{path}: `{name}` is {value!r}. What an adapter with that computes is "
                 "not known here."
@@ -159,6 +160,11 @@ def _check(path: Path, config: Config) -> None:
             "in a form that works on the untouched base, with PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
+    if init == "olora" and config.fan_in_fan_out:
+        raise AdapterError(
+            f"{path}: `init_lora_weights` is 'olora' with `fan_in_fan_out`, where PEFT "
+            "takes the update out of the transposed weight."
+        )
     # As they are used: a flag, say, is allowed at the beginning alone.
     wholes = config.target_modules, config.exclude_modules
     regexes = {x: x for x in wholes if isinstance(x, str)}
@@ -172,6 +178,10 @@ def _check(path: Path, config: Config) -> None:
             raise AdapterError(
                 f"{path}: {pattern!r} is not a regular expression: {e}."
             ) from e
+
+
+def _is_off(x) -> bool:
+    return x is None or x is False or x == {} or x == []
 
 
 def _is_flag(x) -> bool:
@@ -225,6 +235,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
+# There may be one for each layer, more than the `re` module remembers.
+_compiled = ft.cache(re.compile)
+
+
 def _end_regex(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
@@ -239,7 +253,7 @@ def _layer_regex(pattern: str) -> str:
 
 def _by_pattern(patterns: Mapping[str, Any], name: str, default):
     for pattern, value in patterns.items():
-        if re.match(_end_regex(pattern), name):
+        if _compiled(_end_regex(pattern)).match(name):
             return value
     return default
 

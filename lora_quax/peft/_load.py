@@ -4,12 +4,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quax
 from jaxtyping import PyTree
 
-from .._adapter import refuse_problems, too_wide
+from .._adapter import refuse_misfit, too_wide
 from .._array import LoraArray, LowRankArray, make
 from .._check import aval_of, check_alpha
 from .._full import FullArray
@@ -59,12 +61,15 @@ def load(
     does not fit, if an array that the configuration targets got no tensors, or if the
     adapter has a feature that cannot be taken over exactly. `FileNotFoundError` if
     there is no such adapter. `ValueError` if `names` or `transposed` matches nothing.
+    `TypeError` if `dtype` is no floating-point type.
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be a floating-point type, got {dtype!r}.")
     adapter = read(directory, adapter_name)
     places = places_of(model, names, transposed)
     fit = _Fit(adapter, places, dtype, allow_materialise)
     changed = {place.position: fit.adapted(place) for place in places}
-    refuse_problems(adapter.path, [*fit.problems, *fit.unused()])
+    refuse_misfit(adapter.path, [*fit.problems, *fit.unused()])
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     return jax.tree.unflatten(
         treedef, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
@@ -90,9 +95,9 @@ class _Fit:
             index: self._update(name, place) for index, name in place.names.items()
         }
         value = self._value(place)
-        if all(update is None for update in updates.values()):
-            return place.origin if value is None else _full(place, value)
         try:
+            if all(update is None for update in updates.values()):
+                return place.origin if value is None else _full(place, value)
             delta = self._delta(place, updates)
             base = self._base(place, updates, value)
         except ValueError as e:
@@ -128,7 +133,7 @@ class _Fit:
         module, parameter = split(name)
         if name in self.wrappers:
             module = self.wrappers[name]
-        elif parameter != "weight":
+        elif parameter != "weight" or module in self.wrappers.values():
             return None
         update = self._take("factors", self.adapter.updates, module)
         layer = place.leaf.layer
@@ -167,7 +172,8 @@ class _Fit:
         a, b, alpha = _stacked(factors, place, kind == "experts")
         rank = b.shape[-1]
         for side, x in ("A", a), ("B", b):
-            self.problems += too_wide(f"{place.path}, {side}", x)
+            dtype = jnp.dtype(self.dtype or x.dtype)
+            self.problems += too_wide(f"{place.path}, {side}", dtype)
         return make(
             LowRankArray,
             a=jnp.asarray(a, self.dtype),
@@ -267,18 +273,30 @@ class _Fit:
             raise ValueError(
                 f"{named(place.path)} is abstract, and the files do not say all of it"
             )
+        if isinstance(place.origin, quax.Value):
+            raise ValueError(
+                f"{named(place.path)} is a {type(place.origin).__name__}, and PEFT "
+                "would have to change what it holds"
+            )
         return np.asarray(place.origin)[index]
 
 
 def _full(place: Place, value: np.ndarray) -> FullArray:
+    if isinstance(place.origin, quax.Value):
+        raise ValueError(
+            f"{named(place.path)} is a {type(place.origin).__name__}, in whose place "
+            "there would be a plain array"
+        )
     return make(FullArray, base=_array(place.origin), value=jnp.asarray(value))
 
 
 def _unless_equal(place: Place, value: np.ndarray | None):
     """The base of a weight: the model's own, unless the files have another one."""
     base = place.origin
-    concrete = not isinstance(base, jax.ShapeDtypeStruct)
-    if value is None or concrete and np.array_equal(np.asarray(base), value):
+    if value is None:
+        return _array(base)
+    concrete = eqx.is_array_like(base)
+    if concrete and np.array_equal(np.asarray(base), value):
         return _array(base)
     return _full(place, value)
 
@@ -302,13 +320,15 @@ def _stacked(factors: dict[tuple, tuple], place: Place, experts: bool):
     most = max(rank for rank, _ in settings)
     common = settings.pop()[1] if alike else float(most)
     some_a, some_b, *_ = next(iter(factors.values()))
+    dtypes = [{x.dtype for x in xs} for xs in list(zip(*factors.values()))[:2]]
     # A product with a scaling would lose much in 16 bits.
-    b_dtype = jnp.promote_types(some_b.dtype, some_b.dtype if alike else np.float32)
+    a_dtype, b_dtype = (jnp.result_type(*types) for types in dtypes)
+    b_dtype = b_dtype if alike else jnp.promote_types(b_dtype, np.float32)
     lead = aval_of(place.origin).shape[: -len(place.shape)]
     # a: (*lead, *experts, rank, *cols), b: (*lead, *experts, rows, rank)
     axis = 1 if experts else 0
     a_shape = (*lead, *some_a.shape[:axis], most, *some_a.shape[axis + 1 :])
-    all_a = np.zeros(a_shape, some_a.dtype)
+    all_a = np.zeros(a_shape, a_dtype)
     all_b = np.zeros((*lead, *some_b.shape[:-1], most), b_dtype)
     for index, (a, b, rank, alpha) in factors.items():
         all_a[(*index, *[slice(None)] * axis, slice(rank))] = a

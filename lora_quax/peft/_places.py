@@ -66,7 +66,8 @@ class Place(NamedTuple):
 
 def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Place]:
     """**Raises:** `ValueError` if an entry of `names` or `transposed` matches nothing,
-    if two arrays have the same name, or an array has fewer axes than its name says."""
+    if two arrays have the same name, an array has fewer axes than its name says, or the
+    weight of a known layer is to be transposed."""
     namer = Namer(names)
     patterns = {name: read_pattern(name)[0] for name in transposed}
     unused = set(patterns)
@@ -84,6 +85,11 @@ def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Pl
             )
         flipped = {key for key, p in patterns.items() if p.fullmatch(leaf.path)}
         unused -= flipped
+        if flipped and leaf.layer is not None:
+            raise ValueError(
+                f"{named(leaf.path)} is of a known layer, and not `transposed`: layers "
+                "of Equinox keep their weights as (out, in)."
+            )
         parameters = unstack(name, shape)
         out.append(Place(leaf, position, base, parameters, bool(flipped)))
     namer.check()
@@ -116,7 +122,8 @@ def wrappers(places: list[Place], names: Collection[str]) -> dict[str, str]:
                 groups.setdefault(split(name)[0], {})[name] = place
     for group in groups.values():
         shapes = [place.shape for place in group.values()]
-        in_dict = any(isinstance(p.leaf.modules[-1][1], dict) for p in group.values())
+        holders = [p.leaf.modules[-1][1] for p in group.values() if p.leaf.modules]
+        in_dict = any(isinstance(holder, dict) for holder in holders)
         if in_dict and len(set(shapes)) < len(shapes):
             raise ValueError(
                 f"{', '.join(group)} are of one shape, and PEFT tells them apart by "

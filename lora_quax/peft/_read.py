@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .._files import AdapterError, read_tensors
+from .._files import AdapterError, read_tensors, refuse
 from ._config import Config, read_config
 
 
@@ -87,12 +87,12 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
         else:
             updates[module] = Update(pair["A"], pair["B"], is_embedding)
     problems += [f"`{module}` has a bias alone" for module in biases.keys() - updates]
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in sorted(problems))
-        raise AdapterError(f"The adapter {path} is not sound:{lines}")
     # The weight and bias of an adapted layer itself.
-    values = {_without_base_layer(name, updates): x for name, x in values.items()}
-    return PeftAdapter(path, config, updates, biases, values)
+    plain = {_without_base_layer(name, updates): x for name, x in values.items()}
+    if len(plain) < len(values):
+        problems.append("a tensor is there with `base_layer` in its name and without")
+    refuse(f"The adapter {path} is not sound", problems)
+    return PeftAdapter(path, config, updates, biases, plain)
 
 
 def _is_copy(name: str, config: Config) -> bool:
@@ -104,5 +104,6 @@ def _is_copy(name: str, config: Config) -> bool:
 
 
 def _without_base_layer(name: str, updates) -> str:
-    module, _, parameter = name.rpartition(".base_layer.")
-    return f"{module}.{parameter}" if module in updates else name
+    # One for each of the parameters of a module that are adapted one by one.
+    match = re.fullmatch(r"(.+?)(?:\.base_layer)+\.([^.]+)", name, re.DOTALL)
+    return f"{match[1]}.{match[2]}" if match and match[1] in updates else name

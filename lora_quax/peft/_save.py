@@ -55,6 +55,11 @@ def save(
     `bias="lora_only"` or `"all"`. In these an array that was not trained is written as
     it is. Each tensor has the dtype that it has in the model.
 
+    A matrix of no known layer is taken for the weight of an `nn.Linear` if its name
+    ends in `weight`, and for a parameter of its own (`target_parameters`) otherwise;
+    an array with an axis of experts in front is always the latter. Of several such
+    parameters of one module the order must be that of the PyTorch module.
+
     **Arguments:**
 
     - `directory`: is made if need be. The files in it of other names are left alone.
@@ -72,7 +77,8 @@ def save(
     - `base`: the model that was adapted, as for `lora_quax.save_adapter`.
     - `initial`: the model as it was before training, if its initialisation took the
         first update out of the base, as PiSSA and OLoRA do. The adapter is then written
-        with twice the rank and works on the untouched base.
+        with twice the rank and works on the untouched base. It takes the place of
+        `base`.
     - `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`: what the
         configuration says. The last is true for a GPT-2, whose `Conv1D` keeps its
         weight as `(in, out)` in PyTorch; here it is `(out, in)` all the same.
@@ -85,8 +91,9 @@ def save(
     cannot be written.
     """
     refuse_partial(model)
-    if base is not None:
-        refuse_changed(model, base)
+    before = base if initial is None else initial
+    if before is not None:
+        refuse_changed(model, before)
     places = places_of(model, names, transposed)
     updates = _updates(places, initial)
     parameters = [
@@ -94,6 +101,12 @@ def save(
         for name, update in updates.items()
         if split(name)[1] != "weight" or update.kind == "experts"
     ]
+    if parameters and (lora_dropout or fan_in_fan_out):
+        raise ValueError(
+            f"PEFT adapts `{parameters[0]}`, a single parameter, with neither "
+            "`lora_dropout` nor `fan_in_fan_out`."
+        )
+    wrapped = wrappers(places, parameters)
     rest = whole(places, {split(name)[0] for name in updates})
     fields = dict(
         peft_type="LORA",
@@ -113,10 +126,10 @@ def save(
         use_dora=False,
         use_rslora=use_rslora,
     )
-    tensors = _factors(updates, wrappers(places, parameters))
-    tensors |= _values(
-        places, updates, rest, has_conv1d=fan_in_fan_out, has_bases=initial is None
-    )
+    tensors = _factors(updates, wrapped)
+    if initial is not None:  # What it took out of the base is in the updates.
+        places = [place for place in places if not _is_update(place)]
+    tensors |= _values(places, updates, wrapped, rest, fan_in_fan_out)
     folder = folder_of(directory, adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
     goals = folder / _read.FILE, folder / _config.FILE
@@ -130,7 +143,7 @@ def _updates(places: list[Place], initial: PyTree) -> dict[str, Update]:
     first = {leaf.path: leaf.value for leaf in leaves_of(initial)}
     out = {}
     for place in places:
-        if isinstance(place.leaf.value, FactoredArray):
+        if _is_update(place):
             start = UNCHANGED if initial is None else first.get(place.path)
             out |= updates_of(place, start)
     if not out:
@@ -138,14 +151,17 @@ def _updates(places: list[Place], initial: PyTree) -> dict[str, Update]:
     return out
 
 
+def _is_update(place: Place) -> bool:
+    return isinstance(place.leaf.value, FactoredArray)
+
+
 def _settings(updates: dict[str, Update], parameters, use_rslora: bool) -> dict:
     """The ranks and alphas."""
     ranks, alphas = {}, {}
     for name, update in updates.items():
         key = name if name in parameters else split(name)[0]
-        alpha = update.alpha / (math.sqrt(update.rank) if use_rslora else 1)
         ranks[key] = update.rank
-        alphas[key] = int(alpha) if alpha == int(alpha) else alpha
+        alphas[key] = _alpha(update, use_rslora)
     rank, rank_pattern = _most_common(ranks)
     alpha, alpha_pattern = _most_common(alphas)
     return dict(
@@ -154,6 +170,13 @@ def _settings(updates: dict[str, Update], parameters, use_rslora: bool) -> dict:
         lora_alpha=alpha,
         alpha_pattern=alpha_pattern,
     )
+
+
+def _alpha(update: Update, use_rslora: bool) -> int | float:
+    root = math.sqrt(update.rank) if use_rslora else 1
+    alpha = update.alpha / root
+    # A whole number comes back as one.
+    return round(alpha) if round(alpha) * root == update.alpha else alpha
 
 
 def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -171,8 +194,8 @@ def _target_modules(places: list[Place], names: Iterable[str]) -> list[str] | st
     """The modules adapted, or a regular expression where their names are the ends of
     other names as well."""
     modules = sorted({split(name)[0] for name in names})
-    others = modules_of(places) - set(modules)
-    if any(other.endswith(f".{module}") for other in others for module in modules):
+    ends = {end for other in modules_of(places) - set(modules) for end in _ends(other)}
+    if ends & set(modules):
         return "|".join(map(re.escape, modules))
     return modules
 
@@ -180,14 +203,19 @@ def _target_modules(places: list[Place], names: Iterable[str]) -> list[str] | st
 def _target_parameters(places: list[Place], names: list[str]) -> list[str] | None:
     """The parameters adapted one by one."""
     others = {name for place in places for name in place.names.values()} - set(names)
-    for name in names:
-        for other in others:
-            if other.endswith(f".{name}"):
-                raise ValueError(
-                    f"`{name}` cannot be exchanged with PEFT, which would take it for "
-                    f"`{other}` as well, which is not adapted."
-                )
+    for other in others:
+        for name in _ends(other) & set(names):
+            raise ValueError(
+                f"`{name}` cannot be exchanged with PEFT, which would take it for "
+                f"`{other}` as well, which is not adapted."
+            )
     return names or None
+
+
+def _ends(name: str) -> set[str]:
+    """What a name ends in, by whole segments, itself left out."""
+    segments = name.split(".")
+    return {".".join(segments[i:]) for i in range(1, len(segments))}
 
 
 def _factors(updates: dict[str, Update], wrapped: dict[str, str]):
@@ -195,28 +223,33 @@ def _factors(updates: dict[str, Update], wrapped: dict[str, str]):
     out = {}
     for name, update in updates.items():
         module = wrapped.get(name, split(name)[0])
+        if name not in wrapped and module in wrapped.values():
+            raise ValueError(
+                f"`{name}` is adapted, and so is another parameter of its module: PEFT "
+                "adapts a module or single parameters of it, not both."
+            )
         for suffix, x in zip(SUFFIXES[update.kind], (update.A, update.B)):
             out[f"{PREFIX}{module}.{suffix}"] = x
     return out
 
 
-def _values(
-    places: list[Place], updates, rest: Whole, *, has_conv1d: bool, has_bases: bool
-):
+def _values(places: list[Place], updates, wrapped, rest: Whole, has_conv1d: bool):
     """The tensors that are written whole, by key."""
-    adapted = {split(name)[0] for name in updates}
+    # Module -> how many layers of PEFT there are around it.
+    adapted = {split(name)[0]: 1 for name in updates}
+    adapted |= collections.Counter(split(name)[0] for name in wrapped)
     out = {}
     for place in places:
         for index, name in place.names.items():
             module, parameter = split(name)
             if name in updates:
-                is_wanted = has_bases and has_own_base(place)
+                is_wanted = has_own_base(place)
             else:
                 is_wanted = name in rest.biases or any(
                     is_in(module, saved) for saved in rest.modules
                 )
             if is_wanted:
-                infix = "base_layer." if module in adapted else ""
+                infix = "base_layer." * adapted.get(module, 0)
                 conv1d = has_conv1d and _is_conv1d(name, place, name in updates)
                 x = value_of(place, index, conv1d)
                 out[f"{PREFIX}{module}.{infix}{parameter}"] = x

@@ -4,12 +4,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._adapter import to_numpy
+from .._adapter import same_bits, to_numpy
 from .._array import FactoredArray, LoraArray, LowRankArray
 from .._paths import named
 from ._layout import Kind, kind_of, to_peft
 from ._names import split
 from ._places import Place
+from ._whole import has_own_base
 
 
 class Update(NamedTuple):
@@ -50,6 +51,8 @@ def updates_of(place: Place, initial: Any) -> dict[str, Update]:
             first = _delta(initial, place, kind)
             if (first.rank, first.alpha) != (rank, alpha):
                 raise ValueError("`initial` has another rank or alpha for it")
+            if not same_bits(place.leaf.value.base, initial.base):
+                raise ValueError("its base is not the one that it has in `initial`")
             a0, b0 = (to_numpy(place.path, x) for x in (first.a, first.b))
             a = np.concatenate([a, a0], axis=a.ndim - 1 - delta.cols)
             b = np.concatenate([b, -b0], axis=-1)
@@ -61,7 +64,8 @@ def updates_of(place: Place, initial: Any) -> dict[str, Update]:
     out = {}
     for index, name in place.names.items():
         # A layer of several that has no update, as `load` leaves it.
-        if index and not (a[index].any() or b[index].any()):
+        is_empty = index and not (a[index].any() or b[index].any())
+        if is_empty and not has_own_base(place):
             continue
         A, B = to_peft(kind, a[index], b[index], place.transposed)
         out[name] = Update(kind, A, B, rank, alpha)
