@@ -5,10 +5,8 @@ adapted weight a description that mirrors its array: what `describe` writes, `_b
 reads. A new form of array joins by a case in each.
 """
 
-import collections
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,31 +15,27 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._array import LoraArray, LowRankArray, make
-from ._check import aval_of, check_alpha, check_rank
+from ._description import build, describe, describe_layer
+from ._exchange import (
+    refuse_ambiguous,
+    refuse_changed,
+    refuse_misfit,
+    to_numpy,
+    too_wide,
+)
 from ._files import (
     AdapterError,
     parse_json,
     read_tensors,
-    refuse,
     write_tensors,
     written_whole,
 )
 from ._full import FullArray
 from ._merge import origin, refuse_partial
-from ._paths import (
-    dotted,
-    is_adapted,
-    is_array,
-    is_float,
-    is_value,
-    Leaf,
-    leaves_of,
-    named,
-)
+from ._paths import dotted, is_adapted, is_float, is_value, leaves_of, named
 from ._training import partition
 
 
@@ -223,192 +217,6 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
     return Adapter(weights, tensors)
 
 
-# Describing an array, and building it again around a base.
-
-
-def describe(x) -> dict[str, Any]:
-    """What there is to an array beside its numbers, as JSON."""
-    if isinstance(x, LoraArray):
-        return {
-            "form": "lora",
-            "base": describe(x.base),
-            "delta": _describe_low_rank(x.delta),
-            "stop_gradient": x.stop_gradient,
-            "allow_materialise": x.allow_materialise,
-        }
-    if isinstance(x, FullArray):
-        dtype = x.value.dtype.name
-        return {"form": "full", "base": describe(x.base), "dtype": dtype}
-    shape = list(aval_of(x).shape)
-    if isinstance(x, LowRankArray):
-        return {"form": "low_rank", "shape": shape, **_describe_low_rank(x)}
-    return {"form": "array", "shape": shape, "dtype": aval_of(x).dtype.name}
-
-
-def _describe_low_rank(x: LowRankArray) -> dict[str, Any]:
-    return {
-        "rank": x.rank,
-        "alpha": x.alpha,
-        "rows": x.rows,
-        "cols": x.cols,
-        "dtype": {"a": x.a.dtype.name, "b": x.b.dtype.name},
-        "allow_materialise": x.allow_materialise,
-    }
-
-
-def build(about: dict[str, Any], base, levels: int = 16) -> Any:
-    """The array described, around `base`, with abstract leaves where it trains.
-
-    **Raises:** `KeyError`, `TypeError` or `ValueError` if the description makes no
-    sense, or not around this base, or has more than so many levels.
-    """
-    form = about["form"]
-    if not levels:
-        raise ValueError("it has too many adapters on one another")
-    if form == "lora":
-        inner = build(about["base"], base, levels - 1)
-        delta = _build_low_rank(aval_of(inner).shape, **about["delta"])
-        return make(
-            LoraArray,
-            base=inner,
-            delta=delta,
-            stop_gradient=_flag(about["stop_gradient"]),
-            allow_materialise=_flag(about["allow_materialise"]),
-        )
-    if form == "low_rank":
-        if base is not None:
-            _check_shape(base, about["shape"])
-        return _build_low_rank(tuple(about["shape"]), **about)
-    if form == "full":
-        inner = build(about["base"], base, levels - 1)
-        dtype = float_type(about["dtype"])
-        value = jax.ShapeDtypeStruct(aval_of(inner).shape, dtype)
-        return make(FullArray, base=inner, value=value)
-    if form != "array":
-        raise ValueError(f"its form {form!r} is not known")
-    _check_shape(base, about["shape"])
-    float_type(aval_of(base).dtype.name)
-    return base
-
-
-def _check_shape(x, shape: list[int]) -> None:
-    if list(aval_of(x).shape) != shape:
-        raise ValueError(f"it has shape {aval_of(x).shape}; the adapter is for {shape}")
-
-
-def _build_low_rank(
-    of_shape, /, *, rank, alpha, rows, cols, dtype, allow_materialise, **others
-) -> LowRankArray:
-    del others
-    shape, rank = of_shape, check_rank(rank)
-    n = len(shape) - rows - cols
-    if min(n, rows, cols) < 0:
-        raise ValueError(f"it has shape {shape}, too few axes for {rows} and {cols}")
-    a_shape = (*shape[:n], rank, *shape[n + rows :])
-    b_shape = (*shape[: n + rows], rank)
-    return make(
-        LowRankArray,
-        a=jax.ShapeDtypeStruct(a_shape, float_type(dtype["a"])),
-        b=jax.ShapeDtypeStruct(b_shape, float_type(dtype["b"])),
-        rank=rank,
-        alpha=check_alpha(alpha, rank),
-        rows=rows,
-        cols=cols,
-        allow_materialise=_flag(allow_materialise),
-    )
-
-
-_TYPES = "float16", "bfloat16", "float32", "float64"
-
-
-def float_type(name: str) -> np.dtype:
-    """**Raises:** `TypeError` if it is no name of a type that is written."""
-    if name not in _TYPES:
-        raise TypeError(f"its type is {name!r}; {', '.join(_TYPES)} are known")
-    return jnp.dtype(name)
-
-
-def _flag(x) -> bool:
-    if not isinstance(x, bool):
-        raise TypeError(f"{x!r} stands where true or false should")
-    return x
-
-
-def describe_layer(place: Leaf) -> dict[str, Any] | None:
-    """The known layer that a leaf is the weight of: another program may need it."""
-    layer = place.layer[1] if place.layer else None
-    for kind in (eqx.nn.Linear, eqx.nn.Embedding):
-        if isinstance(layer, kind):
-            return {"type": kind.__name__}
-    for kind in (eqx.nn.Conv, eqx.nn.ConvTranspose):
-        if isinstance(layer, kind):
-            return {"type": kind.__name__, "groups": layer.groups}
-    return None
-
-
-# What both our own format and PEFT's need.
-
-
-def to_numpy(path: str, x) -> np.ndarray:
-    if isinstance(x, jax.ShapeDtypeStruct | Tracer):
-        what = "traced" if isinstance(x, Tracer) else "abstract"
-        raise TypeError(
-            f"{named(path)} is {what}, so that there are no numbers to write. Save a "
-            "concrete model, outside of `jax.jit` and of other transformations."
-        )
-    return np.asarray(x)
-
-
-def refuse_changed(model: PyTree, base: PyTree) -> None:
-    """**Raises:** `ValueError` if what would not be written is not as in `base`."""
-    before = {place.path: origin(place.value) for place in leaves_of(base)}
-    changed = [
-        named(place.path)
-        for place in leaves_of(model)
-        if is_array(place.value)
-        and not _base_is_written(place.value)
-        and not same_bits(origin(place.value), before.get(place.path))
-    ]
-    if changed:
-        raise ValueError(
-            f"{', '.join(changed)} would not be written, and are not what they are in "
-            "`base`. Train them with the spec 'full' of `loraify`, or leave them as "
-            "they are: `lora_quax.partition` gives an optimiser what trains."
-        )
-
-
-def _base_is_written(x) -> bool:
-    """Whether there is nothing below the arrays of ours that is left out."""
-    if isinstance(x, LoraArray):
-        if is_adapted(x.base):
-            return _base_is_written(x.base)
-        return not x.stop_gradient
-    return isinstance(x, LowRankArray)
-
-
-def same_bits(x, y) -> bool:
-    return jax.tree.structure(x) == jax.tree.structure(y) and all(
-        _bits(u) == _bits(v) for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
-    )
-
-
-def _bits(x) -> tuple:
-    if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    x = np.asarray(x)
-    return x.shape, x.dtype, x.tobytes()
-
-
-def refuse_ambiguous(paths: Iterable[str]) -> None:
-    twice = [named(path) for path, n in collections.Counter(paths).items() if n > 1]
-    if twice:
-        raise ValueError(
-            f"Several arrays of the model have the path {', '.join(twice)}, so that a "
-            "name does not say which is meant: a dictionary has a key with a dot in "
-            "it, or keys that differ in type alone."
-        )
-
-
 _Specs = dict[str, tuple[tuple[int, ...], Any]]
 
 
@@ -428,18 +236,3 @@ def differences(whose: str, expected: _Specs, found: _Specs) -> list[str]:
                 f"{shape} and {dtype.name}"
             )
     return problems
-
-
-def too_wide(name: str, dtype: np.dtype) -> list[str]:
-    """The problem, if there is one, that JAX would narrow an array without a word."""
-    if jax.dtypes.canonicalize_dtype(dtype) == dtype:
-        return []
-    return [
-        f"`{name}` is of type {dtype.name}, which JAX has with `jax_enable_x64` alone"
-    ]
-
-
-def refuse_misfit(path, problems: list[str]) -> None:
-    """**Raises:** `AdapterError`, which lists the problems, if there are any."""
-    what = f"The adapter {path} does not fit the model, of which nothing was changed"
-    refuse(what, problems)

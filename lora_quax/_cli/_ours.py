@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._adapter import build, differences, float_type, read_adapter, written
+from .._adapter import differences, read_adapter, written
 from .._array import LoraArray, LowRankArray
+from .._description import build, float_type
 from .._files import refuse
 from .._full import FullArray
 from .._paths import dotted, join, named

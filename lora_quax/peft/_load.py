@@ -11,9 +11,9 @@ import numpy as np
 import quax
 from jaxtyping import PyTree
 
-from .._adapter import refuse_misfit, too_wide
 from .._array import LoraArray, LowRankArray, make
 from .._check import aval_of, check_alpha
+from .._exchange import refuse_misfit, too_wide
 from .._full import FullArray
 from .._paths import is_value, join, named
 from ._initial import INITIALISATIONS, rest_of

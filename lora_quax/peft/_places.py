@@ -7,8 +7,8 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import PyTree
 
-from .._adapter import refuse_ambiguous
 from .._check import aval_of
+from .._exchange import refuse_ambiguous
 from .._merge import origin
 from .._paths import is_float, known_axes, Leaf, leaves_of, named
 from .._targets import read_pattern

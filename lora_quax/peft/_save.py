@@ -10,8 +10,8 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._adapter import refuse_changed
 from .._array import FactoredArray
+from .._exchange import refuse_changed
 from .._files import write_tensors, written_whole
 from .._merge import refuse_partial
 from .._paths import leaves_of, named

@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._adapter import same_bits, to_numpy
 from .._array import FactoredArray, LoraArray, LowRankArray
+from .._exchange import same_bits, to_numpy
 from .._paths import named
 from ._layout import Kind, kind_of, to_peft
 from ._names import split

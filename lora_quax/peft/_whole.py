@@ -7,8 +7,8 @@ import equinox as eqx
 import numpy as np
 import quax
 
-from .._adapter import to_numpy
 from .._array import LoraArray
+from .._exchange import to_numpy
 from .._full import FullArray
 from .._paths import named
 from ._names import is_in, split
