@@ -120,7 +120,7 @@ def test_every_truncation_is_refused(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [0x01, 0x04, 0x20, 0x80, 0xFF])
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
 def test_flipped_bits_of_a_header(mask, file):
     form, folder, path = file
     whole = path.read_bytes()
