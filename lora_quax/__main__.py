@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from ._cli import _convert, _diff, _inspect, _merge
+from ._cli.convert import convert
+from ._cli.diff import diff
+from ._cli.inspect import inspect
+from ._cli.merge import merge
 
 
 _ADAPTER = (
@@ -43,29 +46,29 @@ def _parser() -> _Parser:
         out.set_defaults(run=run)
         return out
 
-    inspect = command(
+    added = command(
         "inspect",
-        lambda args: _inspect.inspect(args.path),
+        lambda args: inspect(args.path),
         "show what an adapter holds, as a table",
         "The norm is the Frobenius norm of alpha/rank · b @ a. Exit code 1 if anything "
         f"is not finite, 0 otherwise. {_ADAPTER}",
     )
-    inspect.add_argument("path", type=Path, metavar="PATH", help="an adapter")
+    added.add_argument("path", type=Path, metavar="PATH", help="an adapter")
 
-    diff = command(
+    added = command(
         "diff",
-        lambda args: _diff.diff(args.one, args.other),
+        lambda args: diff(args.one, args.other),
         "show in what two adapters differ",
         "The relative difference of two updates is |X - Y| / max(|X|, |Y|) in the "
         f"Frobenius norm. Exit code 0 if nothing differs, 1 if something does. "
         f"{_ADAPTER}",
     )
-    diff.add_argument("one", type=Path, metavar="A", help="an adapter")
-    diff.add_argument("other", type=Path, metavar="B", help="another one")
+    added.add_argument("one", type=Path, metavar="A", help="an adapter")
+    added.add_argument("other", type=Path, metavar="B", help="another one")
 
-    convert = command(
+    added = command(
         "convert",
-        lambda args: _convert.convert(
+        lambda args: convert(
             args.source, args.goal, args.names, args.transposed, args.fan_in_fan_out
         ),
         "write an adapter in the other format",
@@ -73,12 +76,12 @@ def _parser() -> _Parser:
         "are. What the other format does not have is refused, with the reason. "
         f"{_ADAPTER}",
     )
-    convert.add_argument("source", type=Path, metavar="SRC", help="an adapter")
-    convert.add_argument(
+    added.add_argument("source", type=Path, metavar="SRC", help="an adapter")
+    added.add_argument(
         "goal", type=Path, metavar="DST", help="a path where nothing is yet"
     )
-    _add_names(convert, "SRC", "DST")
-    convert.add_argument(
+    _add_names(added, "SRC", "DST")
+    added.add_argument(
         "--transposed",
         action="append",
         default=[],
@@ -87,30 +90,28 @@ def _parser() -> _Parser:
         "model keeps as (in, out); may be given several times",
     )
 
-    convert.add_argument(
+    added.add_argument(
         "--fan-in-fan-out",
         action="store_true",
         help="to PEFT: its layers are those of a GPT-2, kept as (in, out)",
     )
 
-    merge = command(
+    added = command(
         "merge",
-        lambda args: _merge.merge(
-            args.base, args.adapter, args.out, args.names, args.square
-        ),
+        lambda args: merge(args.base, args.adapter, args.out, args.names, args.square),
         "fold an adapter into a base model",
         "BASE is a file *.safetensors or a folder of them. Sums are taken in float32 "
         "(float64 if either is) and rounded once to the type of the base; names, "
         "types and metadata of the base stay, and the other files in the folder, not "
         f"below it, are copied, but for weights of other formats. {_ADAPTER}",
     )
-    merge.add_argument("base", type=Path, metavar="BASE", help="the base model")
-    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter")
-    merge.add_argument(
+    added.add_argument("base", type=Path, metavar="BASE", help="the base model")
+    added.add_argument("adapter", type=Path, metavar="ADAPTER", help="an adapter")
+    added.add_argument(
         "out", type=Path, metavar="OUT", help="a path where nothing is yet"
     )
-    _add_names(merge, "ADAPTER", "BASE")
-    merge.add_argument(
+    _add_names(added, "ADAPTER", "BASE")
+    added.add_argument(
         "--square",
         choices=("out-in", "in-out"),
         help="how BASE keeps square weights, where nothing else tells",

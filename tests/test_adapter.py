@@ -39,7 +39,7 @@ from lora_quax import (
     save_adapter,
     unload,
 )
-from lora_quax._paths import dotted
+from lora_quax._model.paths import dotted
 
 
 # Models.

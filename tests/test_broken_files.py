@@ -26,7 +26,7 @@ import pytest
 from files import bits, listing
 
 from lora_quax import AdapterError, load_adapter, loraify, peft, save_adapter
-from lora_quax._adapter import read_adapter
+from lora_quax._disk.adapter import read_adapter
 from lora_quax.peft._read import read
 
 

@@ -132,7 +132,7 @@ def same_leaves(one, other) -> bool:
 
 def base_of(x) -> dict[str, np.ndarray]:
     """The arrays of a plain model, by their paths."""
-    from lora_quax._paths import leaves_of
+    from lora_quax._model.paths import leaves_of
 
     arrays = {leaf.path: leaf.value for leaf in leaves_of(lora_quax.unload(x))}
     return {name: np.asarray(y) for name, y in arrays.items() if eqx.is_array(y)}
@@ -366,7 +366,7 @@ def read_folder(folder: Path) -> dict[str, np.ndarray]:
 
 def expected(x) -> dict[str, np.ndarray]:
     """The merged arrays in float64, by NumPy."""
-    from lora_quax._paths import leaves_of
+    from lora_quax._model.paths import leaves_of
 
     out = {}
     for leaf in leaves_of(x):

@@ -14,14 +14,14 @@ import paramax
 import pytest
 import quax
 
-from lora_quax import _init
-from lora_quax._array import LoraArray, LowRankArray
-from lora_quax._full import FullArray
-from lora_quax._loraify import loraify
-from lora_quax._merge import merge, unload
-from lora_quax._paths import dotted, is_adapted
-from lora_quax._summary import summary
-from lora_quax._targets import Adapt
+from lora_quax import init
+from lora_quax._arrays.array import LoraArray, LowRankArray
+from lora_quax._arrays.full import FullArray
+from lora_quax._model.loraify import loraify
+from lora_quax._model.merge import merge, unload
+from lora_quax._model.paths import dotted, is_adapted
+from lora_quax._model.summary import summary
+from lora_quax._model.targets import Adapt
 
 
 normal = jax.nn.initializers.normal(0.5)
@@ -349,5 +349,5 @@ def test_missing_leaves():
 
 
 def test_default_initialiser_is_ours():
-    lora = loraify(mlp(), 2, jr.key(1), init_a=_init.uniform)
+    lora = loraify(mlp(), 2, jr.key(1), init_a=init.uniform)
     assert eqx.tree_equal(lora, loraify(mlp(), 2, jr.key(1)))

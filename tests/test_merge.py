@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from files import bits, Int8
 
-from lora_quax._array import LoraArray, LowRankArray
-from lora_quax._full import FullArray
-from lora_quax._loraify import loraify
-from lora_quax._merge import merge, unload
-from lora_quax._training import partition
+from lora_quax._arrays.array import LoraArray, LowRankArray
+from lora_quax._arrays.full import FullArray
+from lora_quax._model.loraify import loraify
+from lora_quax._model.merge import merge, unload
+from lora_quax._model.training import partition
 
 
 normal = jax.nn.initializers.normal(0.5)

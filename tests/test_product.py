@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, equations
 from jax import lax
 
-from lora_quax._product import contract, thin_dot_general
+from lora_quax._arrays.thin_dot import contract, thin_dot_general
 
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -83,7 +83,7 @@ def test_layout_lists_every_file():
     listed = re.findall(r"^\| `([\w/]+\.py|[\w]+/)`", section("Layout"), re.M)
     package = ROOT / "lora_quax"
     folders = [name for name in listed if name.endswith("/")]
-    found = {p.relative_to(package).as_posix() for p in package.rglob("_*.py")}
+    found = {p.relative_to(package).as_posix() for p in package.rglob("*.py")}
     found = {name for name in found if not name.startswith(tuple(folders))}
     assert all((package / folder).is_dir() for folder in folders)
     files = {

@@ -12,11 +12,11 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import PyTree
 
-from lora_quax._array import LoraArray
-from lora_quax._full import FullArray
-from lora_quax._paths import walk
-from lora_quax._select import select
-from lora_quax._targets import Adapt, read_targets
+from lora_quax._arrays.array import LoraArray
+from lora_quax._arrays.full import FullArray
+from lora_quax._model.paths import walk
+from lora_quax._model.select import select
+from lora_quax._model.targets import Adapt, read_targets
 
 
 class Attention(eqx.Module):

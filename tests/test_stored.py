@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from helpers import assert_close, lora
 
-from lora_quax._stored import SMALL, stored
+from lora_quax._arrays.stored import SMALL, stored
 
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
-from lora_quax._array import LoraArray, LowRankArray
-from lora_quax._loraify import loraify
-from lora_quax._summary import summary
-from lora_quax._targets import Adapt
-from lora_quax._training import partition
+from lora_quax._arrays.array import LoraArray, LowRankArray
+from lora_quax._model.loraify import loraify
+from lora_quax._model.summary import summary
+from lora_quax._model.targets import Adapt
+from lora_quax._model.training import partition
 
 
 def build(**options):

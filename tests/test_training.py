@@ -9,10 +9,10 @@ import optax
 import pytest
 import quax
 
-from lora_quax._array import LoraArray, LowRankArray
-from lora_quax._full import FullArray
-from lora_quax._loraify import loraify
-from lora_quax._training import (
+from lora_quax._arrays.array import LoraArray, LowRankArray
+from lora_quax._arrays.full import FullArray
+from lora_quax._model.loraify import loraify
+from lora_quax._model.training import (
     filter_grad,
     filter_value_and_grad,
     labels,

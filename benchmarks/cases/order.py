@@ -12,8 +12,8 @@ import jax
 import jax.random as jr
 from jax import lax
 
-from lora_quax._product import contract
-from lora_quax._stored import stored
+from lora_quax._arrays.stored import stored
+from lora_quax._arrays.thin_dot import contract
 
 from .. import _work
 from .._transformer import BASE, loss_fn, make, QUICK, Size

@@ -1,11 +1,12 @@
 """What each primitive does to the arrays, by family. Importing registers the rules."""
 
 from . import (
-    _conv as _conv,
-    _dot as _dot,
-    _join as _join,
-    _layout as _layout,
-    _lookup as _lookup,
-    _placement as _placement,
-    _scalar as _scalar,
+    conv as conv,
+    dot as dot,
+    join as join,
+    layout as layout,
+    lookup as lookup,
+    placement as placement,
+    quax_gaps as quax_gaps,
+    scalar as scalar,
 )

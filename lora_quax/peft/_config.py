@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .._files import AdapterError, read_json
+from .._disk.files import AdapterError, read_json
 from ._initial import INITIALISATIONS
 
 

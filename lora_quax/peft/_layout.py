@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import equinox as eqx
 import numpy as np
 
-from .._paths import Leaf
+from .._model.paths import Leaf
 
 
 Kind: TypeAlias = Literal["linear", "embedding", "conv", "experts"]

@@ -11,11 +11,11 @@ import numpy as np
 import quax
 from jaxtyping import PyTree
 
-from .._array import LoraArray, LowRankArray, make
-from .._check import aval_of, check_alpha
-from .._exchange import refuse_misfit, too_wide
-from .._full import FullArray
-from .._paths import is_value, join, named
+from .._arrays.array import LoraArray, LowRankArray, make
+from .._arrays.check import aval_of, check_alpha
+from .._arrays.full import FullArray
+from .._disk.exchange import refuse_misfit, too_wide
+from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, rest_of
 from ._layout import from_peft, kind_of, peft_shapes
 from ._names import Names, split

@@ -7,11 +7,11 @@ import equinox as eqx
 import numpy as np
 from jaxtyping import PyTree
 
-from .._check import aval_of
-from .._exchange import refuse_ambiguous
-from .._merge import origin
-from .._paths import is_float, known_axes, Leaf, leaves_of, named
-from .._targets import read_pattern
+from .._arrays.check import aval_of
+from .._disk.exchange import refuse_ambiguous
+from .._model.merge import origin
+from .._model.paths import is_float, known_axes, Leaf, leaves_of, named
+from .._model.targets import read_pattern
 from ._names import Namer, Names, split, stack_axes, unstack
 
 

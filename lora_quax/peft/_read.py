@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from .._files import AdapterError, read_tensors, refuse
+from .._disk.files import AdapterError, read_tensors, refuse
 from ._config import Config, read_config
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._array import FactoredArray
-from .._exchange import refuse_changed
-from .._files import write_tensors, written_whole
-from .._merge import refuse_partial
-from .._paths import leaves_of, named
+from .._arrays.array import FactoredArray
+from .._disk.exchange import refuse_changed
+from .._disk.files import write_tensors, written_whole
+from .._model.merge import refuse_partial
+from .._model.paths import leaves_of, named
 from . import _config, _read
 from ._layout import SUFFIXES
 from ._names import is_in, Names, split

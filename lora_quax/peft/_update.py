@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._array import FactoredArray, LoraArray, LowRankArray
-from .._exchange import same_bits, to_numpy
-from .._paths import named
+from .._arrays.array import FactoredArray, LoraArray, LowRankArray
+from .._disk.exchange import same_bits, to_numpy
+from .._model.paths import named
 from ._layout import Kind, kind_of, to_peft
 from ._names import split
 from ._places import Place

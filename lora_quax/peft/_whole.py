@@ -7,10 +7,10 @@ import equinox as eqx
 import numpy as np
 import quax
 
-from .._array import LoraArray
-from .._exchange import to_numpy
-from .._full import FullArray
-from .._paths import named
+from .._arrays.array import LoraArray
+from .._arrays.full import FullArray
+from .._disk.exchange import to_numpy
+from .._model.paths import named
 from ._names import is_in, split
 from ._places import Place
 

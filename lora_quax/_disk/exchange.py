@@ -1,0 +1,91 @@
+"""What leaves a model and what comes in: the checks that every format needs."""
+
+import collections
+from collections.abc import Iterable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from .._arrays.array import LoraArray, LowRankArray
+from .._model.merge import origin
+from .._model.paths import is_adapted, is_array, leaves_of, named
+from .files import refuse
+
+
+def to_numpy(path: str, x) -> np.ndarray:
+    if isinstance(x, jax.ShapeDtypeStruct | Tracer):
+        what = "traced" if isinstance(x, Tracer) else "abstract"
+        raise TypeError(
+            f"{named(path)} is {what}, so that there are no numbers to write. Save a "
+            "concrete model, outside of `jax.jit` and of other transformations."
+        )
+    return np.asarray(x)
+
+
+def refuse_changed(model: PyTree, base: PyTree) -> None:
+    """**Raises:** `ValueError` if what would not be written is not as in `base`."""
+    before = {place.path: origin(place.value) for place in leaves_of(base)}
+    changed = [
+        named(place.path)
+        for place in leaves_of(model)
+        if is_array(place.value)
+        and not _base_is_written(place.value)
+        and not same_bits(origin(place.value), before.get(place.path))
+    ]
+    if changed:
+        raise ValueError(
+            f"{', '.join(changed)} would not be written, and are not what they are in "
+            "`base`. Train them with the spec 'full' of `loraify`, or leave them as "
+            "they are: `lora_quax.partition` gives an optimiser what trains."
+        )
+
+
+def _base_is_written(x) -> bool:
+    """Whether there is nothing below the arrays of ours that is left out."""
+    if isinstance(x, LoraArray):
+        if is_adapted(x.base):
+            return _base_is_written(x.base)
+        return not x.stop_gradient
+    return isinstance(x, LowRankArray)
+
+
+def same_bits(x, y) -> bool:
+    return jax.tree.structure(x) == jax.tree.structure(y) and all(
+        _bits(u) == _bits(v) for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
+    )
+
+
+def _bits(x) -> tuple:
+    if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    x = np.asarray(x)
+    return x.shape, x.dtype, x.tobytes()
+
+
+def refuse_ambiguous(paths: Iterable[str]) -> None:
+    twice = [named(path) for path, n in collections.Counter(paths).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"Several arrays of the model have the path {', '.join(twice)}, so that a "
+            "name does not say which is meant: a dictionary has a key with a dot in "
+            "it, or keys that differ in type alone."
+        )
+
+
+def too_wide(name: str, dtype: np.dtype) -> list[str]:
+    """The problem, if there is one, that JAX would narrow an array without a word."""
+    if jax.dtypes.canonicalize_dtype(dtype) == dtype:
+        return []
+    return [
+        f"`{name}` is of type {dtype.name}, which JAX has with `jax_enable_x64` alone"
+    ]
+
+
+def refuse_misfit(path, problems: list[str]) -> None:
+    """**Raises:** `AdapterError`, which lists the problems, if there are any."""
+    what = f"The adapter {path} does not fit the model, of which nothing was changed"
+    refuse(what, problems)

@@ -1,0 +1,236 @@
+"""From a model to a model whose weights have low-rank updates."""
+
+import functools as ft
+import hashlib
+import warnings
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .. import init
+from .._arrays.array import LoraArray, LowRankArray, make
+from .._arrays.check import aval_of, check_alpha, check_key, check_rank
+from .._arrays.full import FullArray
+from ..init import Initialiser
+from .paths import is_value, Leaf, named
+from .select import select
+from .targets import Adapt, Targets
+
+
+class _Plan(NamedTuple):
+    """All that the factors of a weight depend on, but for the key."""
+
+    shape: tuple[int, ...]
+    rank: int
+    alpha: float
+    init_a: Initialiser
+    init_b: Initialiser
+    dtype: np.dtype
+    rows: int
+    cols: int
+    abstract: bool
+
+
+def loraify(
+    model: PyTree,
+    rank: int,
+    key: PRNGKeyArray | jax.ShapeDtypeStruct,
+    *,
+    alpha: int | float | None = None,
+    targets: Targets | None = None,
+    init_a: Initialiser | None = None,
+    init_b: Initialiser = init.zeros,
+    scale: int | float | None = None,
+    dtype: Any = None,
+    stop_gradient: bool = True,
+    allow_materialise: bool = False,
+) -> PyTree:
+    """Gives weights of a model a low-rank update each. The model is not changed.
+
+    ```python
+    model = loraify(model, rank=8, key=key)
+    quax.quaxify(model)(x)
+    ```
+
+    A target is one of
+
+    - a layer type: the weights of such layers. A type that is not `eqx.nn.Linear`, a
+        convolution or `eqx.nn.Embedding` stands for the linear layers and convolutions
+        inside it, and the matrices that it holds itself.
+    - a name, which is matched with the last segments of a dotted path, as PEFT does:
+        `"q_proj"` or `"attn.q_proj"` for `blocks.0.attn.q_proj`. The path may be that
+        of a layer or of any array, such as `"weight_ih"`.
+    - a regular expression, which has to match the whole path: a string with one of the
+        characters `\\ * + ? [ ] ( ) { } | ^ $`, or an `re.Pattern`. It passes over
+        vectors.
+    - a function of path and array, called with each floating-point array, which returns
+        a spec, or `None` or `False` for an array that it does not mean.
+
+    A spec says what becomes of a weight: a rank; an `Adapt` with a rank, `alpha` or
+    initialisers of its own; `"full"`, to train it as a whole; `"freeze"` (or `False`),
+    to leave it alone; `True`, to adapt it as the other arguments say. With `"full"` or
+    `"freeze"` a target means everything in a module: `{"head": "full"}`.
+
+    ```python
+    targets=["q_proj", "v_proj"]
+    targets={eqx.nn.Linear: 8, "head": "full", "bias": "full"}
+    targets=[eqx.nn.Linear, (r"blocks\\.[0-3]\\..*", "freeze")]
+    targets=lambda path, x: 16 if "attn" in path and x.ndim >= 2 else None
+    ```
+
+    **Arguments:**
+
+    - `model`: any PyTree. Its arrays may be `jax.ShapeDtypeStruct`s.
+    - `rank`: the rank of the updates. It may exceed what a small weight can use;
+        `summary` marks where it does.
+    - `key`: for the initialisers. What a weight gets depends on the key and its path
+        alone, so that adapting fewer or more of the others changes nothing.
+    - `alpha`: the updates are scaled by `alpha / rank`; defaults to the rank of each.
+    - `targets`: which weights: a target, a list of targets or of pairs `(target,
+        spec)`, or a mapping from target to spec. Where several mean a weight, the last
+        decides. By default every `eqx.nn.Linear`, `eqx.nn.Conv` and
+        `eqx.nn.ConvTranspose`.
+    - `init_a`, `init_b`, `scale`, `dtype`, `stop_gradient`, `allow_materialise`: as for
+        `LoraArray`. By default the factor `a` of an `eqx.nn.Embedding` is drawn from a
+        standard normal distribution, as PEFT does.
+
+    **Returns:** the model with a `LoraArray` in place of each adapted weight, and a
+    `FullArray` in place of each that trains in full.
+
+    **Raises:** `ValueError` or `TypeError` if an argument is not what it should be; if
+    nothing, or one of the targets, matched nothing; if a selected weight is missing,
+    adapted already, a vector, or not a floating-point array.
+    """
+    rank = check_rank(rank)
+    check_alpha(alpha, rank)
+    if not isinstance(key, jax.ShapeDtypeStruct):
+        check_key(key)
+    defaults = Adapt(rank, alpha, init_a, init_b, scale, dtype)
+    leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
+    chosen = select(model, targets)
+    plans = {
+        i: _plan(leaf, choice.spec, defaults)
+        for i, (leaf, choice) in enumerate(chosen)
+        if choice is not None and isinstance(choice.spec, Adapt)
+    }
+    deltas = _draw_all({chosen[i][0].path: plan for i, plan in plans.items()}, key)
+    for i, (leaf, choice) in enumerate(chosen):
+        if choice is None or choice.spec == "freeze":
+            continue
+        _warn_of_wrapper(leaf)
+        if choice.spec == "full":
+            abstract = isinstance(leaf.value, jax.ShapeDtypeStruct)
+            leaves[i] = (
+                make(FullArray, base=leaf.value, value=leaf.value)
+                if abstract
+                else FullArray(leaf.value)
+            )
+            continue
+        delta = deltas[leaf.path].replace(allow_materialise=allow_materialise)
+        concrete = isinstance(leaf.value, np.ndarray)
+        leaves[i] = make(
+            LoraArray,
+            base=jnp.asarray(leaf.value) if concrete else leaf.value,
+            delta=delta,
+            stop_gradient=stop_gradient,
+            allow_materialise=allow_materialise,
+        )
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt) -> _Plan:
+    """The spec of a weight, completed: its own, then loraify's, then the layer's."""
+    aval = aval_of(leaf.value)
+    rank = check_rank(defaults.rank if spec.rank is None else spec.rank)
+    alpha = defaults.alpha if spec.alpha is None else spec.alpha
+    dtype = spec.dtype if spec.dtype is not None else defaults.dtype
+    if dtype is None:
+        wide = jnp.dtype(aval.dtype).itemsize >= 4
+        dtype = aval.dtype if wide else jnp.float32
+    rows, cols = leaf.axes
+    inner = jax.tree.leaves(leaf.value)
+    return _Plan(
+        shape=tuple(aval.shape),
+        rank=rank,
+        alpha=check_alpha(alpha, rank),
+        init_a=_init_a(spec) or _init_a(defaults) or _layer_init_a(leaf),
+        init_b=spec.init_b or defaults.init_b or init.zeros,
+        dtype=jnp.dtype(dtype),
+        rows=spec.rows or rows,
+        cols=spec.cols or cols,
+        abstract=any(isinstance(x, jax.ShapeDtypeStruct) for x in inner),
+    )
+
+
+def _init_a(spec: Adapt) -> Initialiser | None:
+    return init.gaussian(spec.scale) if spec.scale is not None else spec.init_a
+
+
+def _layer_init_a(leaf: Leaf) -> Initialiser:
+    is_embedding = leaf.layer and isinstance(leaf.layer[1], eqx.nn.Embedding)
+    return init.gaussian(1.0) if is_embedding else init.uniform
+
+
+def _draw_all(plans: dict[str, _Plan], key) -> dict[str, LowRankArray]:
+    """The updates of all weights, by path, in one compiled call."""
+    out = {}
+    for abstract in (False, True):
+        groups: dict[_Plan, list[str]] = {}
+        for path, plan in plans.items():
+            if plan.abstract == abstract:
+                groups.setdefault(plan, []).append(path)
+        if groups:
+            words = [np.stack([_words(p) for p in paths]) for paths in groups.values()]
+            draw = ft.partial(eqx.filter_eval_shape, _draw) if abstract else _draw_jit
+            drawn = draw(tuple(groups), key, words)
+            for paths, deltas in zip(groups.values(), drawn):
+                out.update(zip(paths, deltas))
+    return out
+
+
+def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[LowRankArray]]:
+    """For each plan, one update per row of words."""
+
+    def one(plan: _Plan, word):
+        fields = plan._asdict()
+        del fields["abstract"]
+        for i in range(2):
+            fields["key"] = jr.fold_in(fields.get("key", key), word[i])
+        return LowRankArray.init(**fields)
+
+    out = []
+    for plan, rows in zip(plans, words):
+        # A loop, so that a hundred like weights compile as fast as one does; and not a
+        # vmap, under which some of JAX's generators would draw other numbers.
+        stacked = lax.map(ft.partial(one, plan), jnp.asarray(rows))
+        out.append([jax.tree.map(lambda x: x[i], stacked) for i in range(len(rows))])
+    return out
+
+
+_draw_jit = eqx.filter_jit(_draw)
+
+
+def _words(path: str) -> np.ndarray:
+    """A path as 64 bits, to be folded into a key."""
+    digest = hashlib.sha256(path.encode()).digest()
+    return np.frombuffer(digest[:8], dtype="<u4").astype(np.uint32)
+
+
+def _warn_of_wrapper(leaf: Leaf) -> None:
+    """A wrapper that stops the gradient of what it holds stops that of the factors."""
+    for path, module in leaf.modules:
+        kind = type(module)
+        if kind.__name__ == "NonTrainable" and kind.__module__.startswith("paramax"):
+            warnings.warn(
+                f"{named(leaf.path)} was selected, but the `paramax.NonTrainable` at "
+                f"{named(path)} around it stops its gradient, and so that of its "
+                "update. Unwrap it first: the base of an adapted weight is frozen "
+                "anyway.",
+                stacklevel=3,
+            )

@@ -1,0 +1,187 @@
+"""Out of the adapted model: with the updates folded in, or taken out."""
+
+import collections
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import quax
+from jax.core import Tracer
+from jaxtyping import PyTree
+
+from .._arrays.array import add, FactoredArray, LoraArray
+from .._arrays.full import FullArray
+from .paths import dotted, is_adapted, named
+
+
+def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) -> PyTree:
+    """Folds the updates into the weights. The result needs no Quax.
+
+    **Arguments:**
+
+    - `model`: a model with adapted weights, abstract or not.
+    - `donate`: whether to free each base, or write over it, as its merged weight is
+        made, so that at no time two copies of the model are held. The model passed is
+        dead afterwards, and with it the one that `loraify` was given, whose arrays are
+        the bases: using one of them is an error. Bases that appear more than once in
+        the model are left alone. Has no effect under `jax.jit`.
+    - `check_finite`: whether to refuse an update that is not finite. Not under
+        `jax.jit`, which cannot know.
+
+    **Returns:** the model with plain arrays, in the dtype of the bases, in place of its
+    `LoraArray`s, and the trained values in place of its `FullArray`s. A weight whose
+    update is still zero is bit-identical to its base.
+
+    **Raises:** `ValueError` if a leaf is missing, or, with `check_finite`, if a factor
+    or a value trained in full is infinite or not a number; nothing is merged then.
+    """
+    leaves, treedef = _adapted(model)
+    if check_finite:
+        _refuse_non_finite(leaves)
+    seen = collections.Counter(map(id, jax.tree.leaves(model)))
+
+    def merged(x):
+        if isinstance(x, FullArray):
+            return x.value
+        if not isinstance(x, LoraArray):
+            return _run(_dense, x)
+        once = all(seen[id(y)] == 1 for y in jax.tree.leaves(x.base))
+        if donate and once:
+            return _run_donating(x.replace(base=None), x.base)
+        return _run(_dense, x)
+
+    return jax.tree.unflatten(
+        treedef, [merged(x) if is_adapted(x) else x for _, x in leaves]
+    )
+
+
+def unload(model: PyTree) -> PyTree:
+    """Takes the updates out.
+
+    **Arguments:**
+
+    - `model`: a model with adapted weights, abstract or not.
+
+    **Returns:** the model that `lora_quax.loraify` was given, bit for bit.
+
+    **Raises:** `ValueError` if a leaf is missing, or if a weight is a `LowRankArray`
+    alone, which was put there by other means and has no base to go back to.
+    """
+    leaves, treedef = _adapted(model)
+    return jax.tree.unflatten(treedef, [_base(path, x) for path, x in leaves])
+
+
+def origin(x) -> Any:
+    """What an array was before it was adapted."""
+    while isinstance(x, LoraArray | FullArray):
+        x = x.base
+    return x
+
+
+def _base(path: str, x) -> Any:
+    x = origin(x)
+    if isinstance(x, FactoredArray):
+        raise ValueError(
+            f"{named(path)} is a low-rank array with no base, so that nothing would be "
+            "left of it. `lora_quax.merge` gives its dense array."
+        )
+    return x
+
+
+def refuse_partial(model: PyTree) -> None:
+    """**Raises:** `ValueError` if a leaf of an adapted weight is missing."""
+    _adapted(model)
+
+
+def _adapted(model) -> tuple[list[tuple[str, Any]], Any]:
+    """The leaves of a model with their paths; an adapted weight is one leaf."""
+    found, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)
+    leaves = [(dotted(keys), x) for keys, x in found]
+    for path, x in leaves:
+        refuse_missing(path, x)
+    return leaves, treedef
+
+
+def refuse_missing(path: str, x) -> None:
+    if not is_adapted(x):
+        return
+    for keys, y in jtu.tree_flatten_with_path(x, is_leaf=lambda y: y is None)[0]:
+        if y is None:
+            raise ValueError(
+                f"{named(path)} has None for its `{dotted(keys)}`: the model has been "
+                "partitioned or filtered. Put the parts together first, with "
+                "`equinox.combine`."
+            )
+
+
+def _dense(x):
+    """The dense array; bit-identical to the base where the update is zero.
+
+    The selection has no place in `LoraArray.dense`, which is differentiated: it would
+    cut off the gradient of an update that is still zero.
+    """
+    if isinstance(x, LoraArray):
+        base, delta = _dense(x.base), x.delta.dense()
+        return jnp.where(delta == 0, base, add(base, delta))  # -0 + 0 would be +0.
+    if isinstance(x, FactoredArray):
+        return x.dense()
+    return type(x).materialise(x) if isinstance(x, quax.ArrayValue) else x
+
+
+def _dense_from(x: LoraArray, base):
+    return _dense(x.replace(base=base))
+
+
+_dense_jit = eqx.filter_jit(_dense)
+_dense_donating = eqx.filter_jit(_dense_from, donate="all-except-first")
+
+
+def _run(fun, x):
+    if any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x)):
+        return eqx.filter_eval_shape(fun, x)
+    return _dense_jit(x)
+
+
+def _run_donating(x: LoraArray, base):
+    leaves = jax.tree.leaves(base)
+    if not all(isinstance(y, jax.Array) for y in leaves) or any(
+        isinstance(y, Tracer) for y in leaves
+    ):
+        return _run(_dense, x.replace(base=base))
+    if isinstance(base, quax.Value):
+        # Of another type than the merged weight, so it can be freed but not reused.
+        out = _dense_jit(x.replace(base=base))
+        for y in leaves:
+            y.delete()
+        return out
+    return _dense_donating(x, base)
+
+
+@eqx.filter_jit
+def _is_finite(arrays):
+    return [
+        jnp.array([jnp.isfinite(y).all() for y in jax.tree.leaves(x)]).all()
+        for x in arrays
+    ]
+
+
+def _refuse_non_finite(leaves) -> None:
+    adapted = [(path, x) for path, x in leaves if is_adapted(x)]
+    finite = jax.device_get(_is_finite([_learnt(x) for _, x in adapted]))
+    bad = [named(path) for (path, _), ok in zip(adapted, finite) if not ok]
+    if bad:
+        raise ValueError(
+            "Not merged, because the updates of these weights have infinities or NaNs: "
+            f"{', '.join(bad)}."
+        )
+
+
+def _learnt(x) -> list[Any]:
+    """What training has put into an adapted weight."""
+    if isinstance(x, FullArray):
+        return [x.value]
+    if isinstance(x, LoraArray):
+        return [x.delta, *(_learnt(x.base) if is_adapted(x.base) else [])]
+    return [x]

@@ -1,0 +1,171 @@
+"""A table of what was adapted."""
+
+import io
+import math
+from typing import NamedTuple
+
+import jax.tree_util as jtu
+import quax
+from jaxtyping import PyTree
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from .._arrays.array import LoraArray, LowRankArray
+from .._arrays.check import aval_of
+from .._arrays.full import FullArray
+from .merge import refuse_missing
+from .paths import dotted, is_float
+
+
+class Row(NamedTuple):
+    """An adapted weight: its place, shape, rank, and how many parameters it has."""
+
+    path: str
+    shape: tuple[int, ...]
+    rank: int | None  # None for an array trained in full
+    scaling: float | None
+    trainable: int
+    frozen: int
+    max_rank: int | None  # what the weight can use
+
+    @property
+    def rank_in_excess(self) -> bool:
+        """Whether the rank is above what the weight can use."""
+        if self.rank is None or self.max_rank is None:
+            return False
+        return self.rank > self.max_rank
+
+
+class Summary(NamedTuple):
+    """What was adapted. Prints as a table; in a notebook it is one.
+
+    Parameters are the elements of floating-point arrays and quantised weights. `rows`
+    has the adapted weights; `trainable` and `frozen` count those of the whole model.
+    """
+
+    rows: tuple[Row, ...]
+    trainable: int
+    frozen: int
+
+    @property
+    def share(self) -> float:
+        """The share of all parameters that trains."""
+        return self.trainable / max(1, self.trainable + self.frozen)
+
+    def __rich__(self) -> Table:
+        excess = any(row.rank_in_excess for row in self.rows)
+        table = Table(box=SIMPLE, show_footer=True)
+        if excess:
+            table.caption = "* above the largest rank that the weight can use"
+            table.caption_justify = "left"
+        rest = self.frozen - sum(row.frozen for row in self.rows)
+        table.add_column("path", footer="total")
+        table.add_column("shape", footer="")
+        table.add_column("rank", justify="right", footer="")
+        table.add_column("scaling", justify="right", footer="")
+        trains = f"{self.trainable:,} ({self.share:.3%})"
+        table.add_column("trainable", justify="right", footer=trains)
+        table.add_column("frozen", justify="right", footer=f"{self.frozen:,}")
+        for row in self.rows:
+            table.add_row(
+                row.path or "(the model)",
+                str(row.shape).replace("[", r"\["),
+                _rank(row),
+                "" if row.scaling is None else f"{row.scaling:.4g}",
+                f"{row.trainable:,}",
+                f"{row.frozen:,}",
+            )
+        table.add_row("everything else", "", "", "", "0", f"{rest:,}")
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        _console(text, color_system=None).print(self)
+        lines = text.getvalue().splitlines()
+        return "\n".join(line.rstrip() for line in lines if line.strip())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        console = _console(io.StringIO(), record=True)
+        console.print(self)
+        return console.export_html(
+            inline_styles=True, code_format='<pre style="line-height:1.2">{code}</pre>'
+        )
+
+
+def _console(file: io.StringIO, **options) -> Console:
+    # Wide, so that no path is cut or folded. In a notebook rich would show the table
+    # there and then, and write nothing to the file.
+    return Console(file=file, width=1000, force_jupyter=False, **options)
+
+
+def _rank(row: Row) -> str:
+    if row.rank is None:
+        return "full"
+    return f"{row.rank} > {row.max_rank} *" if row.rank_in_excess else str(row.rank)
+
+
+def summary(model: PyTree) -> Summary:
+    """What of a model is adapted, and how many of its parameters train.
+
+    ```python
+    print(lora_quax.summary(model))
+    ```
+
+    An array trained in full counts as trainable alone; its original, which is kept for
+    `lora_quax.unload`, is no parameter of the model.
+
+    **Arguments:**
+
+    - `model`: a model, abstract or not.
+
+    **Returns:** a `Summary`, which prints as a table. A rank above what a small weight
+    can use is marked with an asterisk.
+
+    **Raises:** `ValueError` if an adapted weight has a leaf missing.
+    """
+    rows, trains, frozen = [], 0, 0
+    leaves = jtu.tree_flatten_with_path(
+        model, is_leaf=lambda x: isinstance(x, quax.Value)
+    )[0]
+    for keys, x in leaves:
+        path = dotted(keys)
+        refuse_missing(path, x)
+        x_trains, x_frozen = _count(x)
+        trains, frozen = trains + x_trains, frozen + x_frozen
+        if isinstance(x, LoraArray | LowRankArray | FullArray):
+            shape = tuple(aval_of(x).shape)
+            full = isinstance(x, FullArray)
+            rank, scaling = (None, None) if full else (x.rank, x.scaling)
+            most = None if full else _max_rank(x)
+            rows.append(Row(path, shape, rank, scaling, x_trains, x_frozen, most))
+    return Summary(tuple(rows), trains, frozen)
+
+
+def _max_rank(x: LoraArray | LowRankArray) -> int:
+    delta = x.delta if isinstance(x, LoraArray) else x
+    shape = aval_of(delta).shape[delta.n_batch :]
+    return min(math.prod(shape[: delta.rows]), math.prod(shape[delta.rows :]))
+
+
+def _count(x) -> tuple[int, int]:
+    """How many parameters of a leaf train and how many do not."""
+    if isinstance(x, LowRankArray):
+        return x.a.size + x.b.size, 0
+    if isinstance(x, FullArray):
+        return _size(x), 0
+    if isinstance(x, LoraArray):
+        trains, frozen = _count(x.base)
+        if x.stop_gradient:
+            trains, frozen = 0, trains + frozen
+        elif not isinstance(x.base, quax.Value):
+            trains, frozen = frozen, 0
+        return trains + _count(x.delta)[0], frozen
+    is_parameter = isinstance(x, quax.ArrayValue) or is_float(x)
+    return 0, _size(x) if is_parameter else 0
+
+
+def _size(x) -> int:
+    return math.prod(aval_of(x).shape)

@@ -1,0 +1,160 @@
+"""What the user asks for: the reading of `targets` and of the specs in them."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from .._arrays.check import check_alpha, check_rank
+from ..init import Initialiser
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapt:
+    """How one weight is adapted. What is `None` is as given to `loraify`.
+
+    **Arguments:**
+
+    - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`: as for `LoraArray`.
+    - `rows`, `cols`: how many axes of the weight are rows, and how many are columns.
+        By default that of the layer; one and one for an array outside a known layer.
+
+    **Raises:** `ValueError` or `TypeError` if a field is not what it should be.
+    """
+
+    rank: int | None = None
+    alpha: int | float | None = None
+    init_a: Initialiser | None = None
+    init_b: Initialiser | None = None
+    scale: int | float | None = None
+    dtype: Any = None
+    rows: int | None = None
+    cols: int | None = None
+
+    def __post_init__(self):
+        if self.rank is not None:
+            check_rank(self.rank)
+        check_alpha(self.alpha, 1)
+        for name in ("init_a", "init_b"):
+            init = getattr(self, name)
+            if init is not None and not callable(init):
+                raise TypeError(
+                    f"`{name}` must be a function as in `jax.nn.initializers`, got "
+                    f"{init!r}."
+                )
+        if self.init_a is not None and self.scale is not None:
+            raise ValueError("Give either `init_a` or `scale`, not both.")
+        if self.scale is not None and (
+            isinstance(self.scale, bool) or not isinstance(self.scale, int | float)
+        ):
+            raise TypeError(f"`scale` must be a Python number, got {self.scale!r}.")
+        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
+            raise TypeError(
+                f"`dtype` must be a floating-point type, got {self.dtype!r}."
+            )
+        for name in ("rows", "cols"):
+            n = getattr(self, name)
+            if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
+                raise TypeError(f"`{name}` must be an integer, got {n!r}.")
+            if n is not None and n < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {n!r}.")
+
+
+Spec: TypeAlias = Adapt | int | bool | Literal["full", "freeze"] | None
+Target: TypeAlias = type | str | re.Pattern | Callable[[str, Any], Spec]
+# A list is of targets, or of pairs of a target and a spec.
+Targets: TypeAlias = Target | list[Any] | tuple[Any, ...] | Mapping[Any, Spec]
+# A spec, read.
+Treatment: TypeAlias = Adapt | Literal["full", "freeze"]
+
+DEFAULT_LAYERS = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)
+
+
+class Entry(NamedTuple):
+    """One of the targets, read."""
+
+    target: Any  # a type or tuple of types, a compiled pattern, or a function
+    spec: Treatment | None  # None for a function
+    shown: str  # as the user wrote it
+    is_name: bool = False
+
+
+def read_targets(targets: Any) -> list[Entry]:
+    """`targets` as entries, the later of which win."""
+    if targets is None:
+        return [Entry(DEFAULT_LAYERS, Adapt(), "the default targets")]
+    if isinstance(targets, Mapping):
+        entries = [_read_target(*item) for item in targets.items()]
+    elif isinstance(targets, list | tuple):
+        entries = [_read_item(item) for item in targets]
+    else:
+        entries = [_read_target(targets, True)]
+    if not entries:
+        raise ValueError("`targets` is empty, so that nothing would be adapted.")
+    return entries
+
+
+def _read_item(item) -> Entry:
+    if not isinstance(item, tuple):
+        return _read_target(item, True)
+    if len(item) != 2:
+        raise TypeError(
+            f"An entry of `targets` is a target or a pair (target, spec), got {item!r}."
+        )
+    return _read_target(*item)
+
+
+def _read_target(target, spec) -> Entry:
+    if isinstance(target, type):
+        return Entry(target, read_spec(spec, target.__name__), target.__name__)
+    if isinstance(target, str | re.Pattern):
+        pattern, is_name = read_pattern(target)
+        shown = repr(target if isinstance(target, str) else target.pattern)
+        return Entry(pattern, read_spec(spec, shown), shown, is_name)
+    if callable(target):
+        if spec is not True:
+            raise TypeError(
+                f"A function says the spec itself, so that {spec!r} beside {target!r} "
+                "in `targets` has no meaning."
+            )
+        return Entry(target, None, repr(target))
+    raise TypeError(
+        "A target must be a layer type, a name or a pattern, or a function of path and "
+        f"array; got {target!r}. Pairs (target, spec) stand inside a list."
+    )
+
+
+def read_pattern(target: str | re.Pattern) -> tuple[re.Pattern, bool]:
+    """A name matches the last segments of a path, a regular expression all of it."""
+    if isinstance(target, re.Pattern):
+        return target, False
+    if not target:
+        raise ValueError("A target is the empty string, which names nothing.")
+    if not set(target) & set(r"\*+?[](){}|^$"):
+        return re.compile(rf"(?:.*\.)?{re.escape(target)}", re.DOTALL), True
+    try:
+        return re.compile(target), False
+    except re.error as e:
+        raise ValueError(
+            f"The target {target!r} is not a regular expression: {e}."
+        ) from e
+
+
+def read_spec(spec, where: str) -> Treatment:
+    """A spec, of which `where` names the target or the array."""
+    if isinstance(spec, bool | np.bool_) or spec is None:
+        return Adapt() if spec else "freeze"
+    if isinstance(spec, int):
+        return Adapt(rank=spec)
+    if isinstance(spec, Adapt):
+        return spec
+    if isinstance(spec, str) and spec in ("full", "freeze"):
+        return spec
+    raise TypeError(
+        f"The spec of {where} must be a rank, an `Adapt`, True, False, 'full' or "
+        f"'freeze'; got {spec!r}."
+    )

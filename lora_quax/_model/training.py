@@ -1,0 +1,202 @@
+"""Which leaves train, and gradients of those alone.
+
+They are found by the type of the node that holds them and by their field, never by
+their identity, so that abstract and partitioned trees read the same.
+"""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .._arrays.array import LoraArray, LowRankArray, make
+from .._arrays.full import FullArray
+
+
+def is_ours(x) -> bool:
+    """Whether a node is one of the arrays that hold what trains."""
+    return isinstance(x, LoraArray | LowRankArray | FullArray)
+
+
+def labels(tree: PyTree) -> PyTree:
+    """What each leaf is, as the labels of `optax.multi_transform`.
+
+    LoRA+ (Hayou et al., arXiv 2402.12354) gives the factor `b` a larger step, and
+    LoRA-FA (Zhang et al., arXiv 2308.03303) does not train `a`:
+
+    ```python
+    params, _ = lora_quax.partition(model)
+    slow, fast = optax.adam(1e-4), optax.adam(16e-4)
+    lora_plus = {"a": slow, "b": fast, "full": slow}
+    optim = optax.multi_transform(lora_plus, lora_quax.labels)
+    opt_state = optim.init(params)
+    ```
+
+    For the whole model, rather than `partition`'s first part, add
+    `"frozen": optax.set_to_zero()`.
+
+    **Arguments:**
+
+    - `tree`: a model, abstract or not, or the part of one that trains.
+
+    **Returns:** the same tree with, in place of each leaf, one of
+
+    - `"a"`, `"b"`: a factor of a low-rank update;
+    - `"full"`: an array that trains as a whole: the value of a `FullArray`, or the base
+        of a `LoraArray` with `stop_gradient=False`;
+    - `"frozen"`: anything else.
+    """
+    return jax.tree.map(_label, tree, is_leaf=is_ours)
+
+
+def _label(node) -> Any:
+    if isinstance(node, LowRankArray):
+        return node.replace(a=_fill(node.a, "a"), b=_fill(node.b, "b"))
+    if isinstance(node, LoraArray):
+        base = _fill(node.base, "frozen")
+        if not node.stop_gradient:
+            base = jax.tree.map(_label_base, node.base, is_leaf=is_ours)
+        return node.replace(base=base, delta=_label(node.delta))
+    if isinstance(node, FullArray):
+        base, value = _fill(node.base, "frozen"), _fill(node.value, "full")
+        return make(FullArray, base=base, value=value)
+    return "frozen"
+
+
+def _label_base(node) -> Any:
+    if is_ours(node):
+        return _label(node)
+    dtype = getattr(node, "dtype", np.dtype(bool))
+    return "full" if jnp.issubdtype(dtype, jnp.floating) else "frozen"
+
+
+def _fill(tree, label: str):
+    return jax.tree.map(lambda _: label, tree)
+
+
+def trainable(model: PyTree) -> PyTree:
+    """Which leaves of a model train, as a filter spec of Equinox.
+
+    Weight decay reaches whatever an optimiser is given, be its gradient zero or not. If
+    the whole model is given to it, as in a loop that knows nothing of LoRA, this is the
+    mask that keeps the frozen weights as they are:
+
+    ```python
+    optim = optax.adamw(1e-4, mask=lora_quax.trainable)
+    ```
+
+    **Arguments:**
+
+    - `model`: a model, abstract or not, or a part of one, or its gradients.
+
+    **Returns:** the same tree with `True` at the factors, the values of `FullArray`s
+    and the bases that are not frozen, and `False` at every other leaf.
+    """
+    return jax.tree.map(lambda label: label != "frozen", labels(model))
+
+
+def partition(model: PyTree) -> tuple[PyTree, PyTree]:
+    """A model as the part that trains and the part that does not.
+
+    **Arguments:**
+
+    - `model`: a model with adapted weights.
+
+    **Returns:** two trees of the model's structure, each with `None` for the leaves of
+    the other. `equinox.combine` puts them together.
+
+    **Raises:** `ValueError` if nothing in the model trains.
+    """
+    spec = trainable(model)
+    if not any(jax.tree.leaves(spec)):
+        raise ValueError(
+            "Nothing in the model trains: it has no low-rank update and no array "
+            "trained in full. Call `lora_quax.loraify` first; and give the model, or a "
+            "tuple of what trains, as the first argument."
+        )
+    return eqx.partition(model, spec)
+
+
+def filter_value_and_grad(
+    fun: Callable | None = None, *, has_aux: bool = False, **gradkwargs
+) -> Callable:
+    """`equinox.filter_value_and_grad`, with respect to what trains alone.
+
+    The gradient of a frozen weight is never made. A training loop changes in two
+    places, the gradient and what the optimiser is initialised with:
+
+    ```python
+    @lora_quax.filter_value_and_grad
+    @quax.quaxify
+    def loss(model, x, y):
+        ...
+
+    params, _ = lora_quax.partition(model)
+    opt_state = optim.init(params)
+    for x, y in data:
+        value, grads = loss(model, x, y)
+        params, _ = lora_quax.partition(model)
+        updates, opt_state = optim.update(grads, opt_state, params)
+        model = eqx.apply_updates(model, updates)
+    ```
+
+    **Arguments:**
+
+    - `fun`: the function to differentiate, with the model as its first positional
+        argument.
+    - `has_aux`: whether `fun` returns a pair, of which only the first is
+        differentiated.
+    - the others: as for `jax.value_and_grad`.
+
+    **Returns:** a function of the same arguments that returns `(value, gradient)`, or
+    `((value, aux), gradient)`. The gradient has `None` at every leaf that is frozen. A
+    function, if `fun` is left out, to be used as a decorator.
+
+    **Raises:** `ValueError`, when called, if nothing in the first argument trains.
+    """
+    if fun is None:
+        return ft.partial(filter_value_and_grad, has_aux=has_aux, **gradkwargs)
+    return _differentiate(eqx.filter_value_and_grad, fun, has_aux, gradkwargs)
+
+
+def filter_grad(
+    fun: Callable | None = None, *, has_aux: bool = False, **gradkwargs
+) -> Callable:
+    """`equinox.filter_grad`, with respect to what trains alone.
+
+    **Arguments:**
+
+    - `fun`, `has_aux`, the others: as for `filter_value_and_grad`.
+
+    **Returns:** a function of the same arguments that returns the gradient, or
+    `(gradient, aux)`.
+
+    **Raises:** `ValueError`, when called, if nothing in the first argument trains.
+    """
+    if fun is None:
+        return ft.partial(filter_grad, has_aux=has_aux, **gradkwargs)
+    return _differentiate(eqx.filter_grad, fun, has_aux, gradkwargs)
+
+
+def _differentiate(transform, fun, has_aux: bool, gradkwargs) -> Callable:
+    def of_params(params, frozen, *args, **kwargs):
+        return fun(eqx.combine(params, frozen), *args, **kwargs)
+
+    differentiated = transform(of_params, has_aux=has_aux, **gradkwargs)
+
+    @ft.wraps(fun)
+    def wrapper(*args, **kwargs):
+        if not args:
+            raise TypeError(
+                "The first argument of the function, with respect to which it is "
+                "differentiated, must be given by position."
+            )
+        model, *args = args
+        return differentiated(*partition(model), *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,150 @@
+"""How a rule is written once and serves both arrays.
+
+Almost every rule says what a linear operation does to a `LowRankArray`. For a
+`LoraArray` nothing more needs saying: the operation is dispatched again on the base,
+and the sum stays unsummed if the update stayed low rank, or is taken if it did not.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import quax
+from jax.core import Tracer
+from jaxtyping import ArrayLike
+
+from .._arrays.array import (
+    add,
+    FactoredArray,
+    LoraArray,
+    LowRankArray,
+    make,
+    materialise_or_refuse,
+)
+from .._arrays.stored import stored
+
+
+class NotLazy(Exception):
+    """Raised by a rule whose result is not low rank; the message says why."""
+
+
+def linear(
+    primitive,
+    *,
+    operand: int = 0,
+    affine: Callable[[dict], bool] = lambda params: False,
+):
+    """Registers `rule(*operands, **params)`, of which number `operand` is low rank.
+
+    The rule returns a `LowRankArray`, or a dense array, or a list of them for a
+    primitive of several results, or raises `NotLazy`.
+
+    With some parameters an operation may be `affine`, as a `pad` that fills with ones.
+    The rule gives the linear part. The rest, what the operation does to zero, falls to
+    the base; an array without a base is then given one of zeros.
+    """
+
+    def decorate(rule):
+        def on_low_rank(*args, **params):
+            if affine(params):
+                w = with_zero_base(args[operand])
+                return on_lora(*args[:operand], w, *args[operand + 1 :], **params)
+            try:
+                return rule(*args, **params)
+            except NotLazy as why:
+                return materialise_or_refuse(primitive, args, params, str(why))
+
+        def on_lora(*args, **params):
+            # What a weight is multiplied with comes before it. Its cotangent, a sum
+            # over both parts, is stored as the result is.
+            before = tuple(map(stored, args[:operand]))
+            w, after = args[operand], args[operand + 1 :]
+            try:
+                delta = rule(*before, w.delta, *after, **params)
+            except NotLazy as why:
+                return materialise_or_refuse(primitive, args, params, str(why))
+
+            def on_base(base):
+                bind = quax.quaxify(primitive.bind)
+                return bind(*before, base, *after, **params)
+
+            return distribute(w, on_base, delta, (*before, *after))
+
+        _register(primitive, operand, LowRankArray, on_low_rank)
+        _register(primitive, operand, LoraArray, on_lora)
+        return rule
+
+    return decorate
+
+
+def _register(primitive, operand: int, kind: type, rule):
+    if operand == 0:
+
+        @quax.register(primitive)
+        def _(w: kind, *rest: ArrayLike, **params):  # pyright: ignore
+            return rule(w, *rest, **params)
+
+    else:
+        assert operand == 1
+
+        @quax.register(primitive)
+        def _(x: ArrayLike, w: kind, *rest: ArrayLike, **params):  # pyright: ignore
+            return rule(x, w, *rest, **params)
+
+
+def with_zero_base(delta: LowRankArray) -> LoraArray:
+    return make(
+        LoraArray,
+        base=jnp.zeros(delta.shape, delta.dtype),
+        delta=delta,
+        stop_gradient=False,
+        allow_materialise=delta.allow_materialise,
+    )
+
+
+def variadic(primitive):
+    """Registers `rule(*operands, **params)`, of which any may be factored or plain."""
+
+    def decorate(rule):
+        @quax.register(primitive)
+        def _(*operands: FactoredArray | ArrayLike, **params):
+            return rule(*operands, **params)
+
+        # Of plain arrays alone it is JAX's business, and must cost nothing.
+        @quax.register(primitive, precedence=1)
+        def _(*operands: ArrayLike, **params):
+            return primitive.bind(*operands, **params)
+
+        return rule
+
+    return decorate
+
+
+def distribute(w: LoraArray, on_base, delta, others: Sequence):
+    """`on_base(base) + delta`, unsummed where `delta` is still low rank.
+
+    A result that is still a `LoraArray` stops the gradient at its base when it is used.
+    If something that may itself be differentiated went into the base, only the old base
+    must be stopped, so that is done now.
+    """
+    several = isinstance(delta, list)
+    deltas = delta if several else [delta]
+    lazy = all(isinstance(d, LowRankArray) for d in deltas)
+    keeps_flag = lazy and not any(map(_differentiable, others))
+    bases = on_base(w.base if keeps_flag else w.frozen_base())
+    stop_gradient = keeps_flag and w.stop_gradient
+    out = [
+        w.replace(base=base, delta=d, stop_gradient=stop_gradient)
+        if isinstance(d, LowRankArray)
+        else stored(add(base, d))
+        for base, d in zip(bases if several else [bases], deltas)
+    ]
+    return out if several else out[0]
+
+
+def _differentiable(x) -> bool:
+    return isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def settle(delta: LowRankArray):
+    """An array without rows, or without columns, is a vector: nothing is saved."""
+    return delta if delta.rows and delta.cols else delta.dense()
