@@ -31,9 +31,13 @@ from jax.sharding import PartitionSpec
 def partition_spec(x) -> tuple:
     """How the type of an array says it is sharded; on a mesh that is not explicit, and
     for an abstract stand-in, not at all."""
-    if isinstance(x, jax.Array):
-        return tuple(jax.typeof(x).sharding.spec)
+    if isinstance(x, jax.Array | ShapedArray):
+        return tuple(_type(x).sharding.spec)
     return (None,) * len(x.shape)
+
+
+def _type(x) -> ShapedArray:
+    return x if isinstance(x, ShapedArray) else jax.typeof(x)  # pyright: ignore
 
 
 def shaped_array(shape, dtype, spec, *like) -> ShapedArray:
@@ -43,7 +47,7 @@ def shaped_array(shape, dtype, spec, *like) -> ShapedArray:
     `ShapedArray` is told of these is undocumented, and changed its name from `vma` to
     `manual_axis_type` in JAX 0.10; so the type is derived from one that knows.
     """
-    types = [jax.typeof(x) for x in like if isinstance(x, jax.Array)]
+    types = [_type(x) for x in like if isinstance(x, jax.Array | ShapedArray)]
     if all(t.sharding.mesh.empty for t in types):
         return ShapedArray(shape, dtype)
     widest = max(types, key=lambda t: len(t.manual_axis_type.varying))

@@ -300,6 +300,8 @@ def formed(program: Callable, args) -> list[str]:
                 if str(eqn.primitive) in ("jit", "pjit"):
                     outputs = inside
             for v, mark in zip(eqn.outvars, outputs):
+                # Whether a factor is finite says nothing of its numbers.
+                mark = frozenset() if v.aval.dtype == bool else mark
                 env[v] = mark
                 if mark == {"a", "b"} and v.aval.size >= weight.size:
                     found.append(str(eqn.primitive))

@@ -1,6 +1,7 @@
 """Out of the adapted model: with the updates folded in, or taken out."""
 
 import collections
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -11,9 +12,18 @@ import quax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.array import add, FactoredArray, LoraArray
-from .._arrays.full import FullArray
-from .paths import dotted, is_adapted, named
+from .._arrays.base import (
+    BASE,
+    base_of,
+    dense,
+    fields_of,
+    is_adapted,
+    lower,
+    lowered_type,
+    roles,
+    with_base,
+)
+from .paths import dotted, join, named
 
 
 def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) -> PyTree:
@@ -43,14 +53,13 @@ def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) ->
     seen = collections.Counter(map(id, jax.tree.leaves(model)))
 
     def merged(x):
-        if isinstance(x, FullArray):
-            return x.value
-        if not isinstance(x, LoraArray):
-            return _run(_dense, x)
-        once = all(seen[id(y)] == 1 for y in jax.tree.leaves(x.base))
-        if donate and once:
-            return _run_donating(x.replace(base=None), x.base)
-        return _run(_dense, x)
+        if not is_adapted(lowered_type(x)):
+            return lower(x)
+        base = base_of(x)
+        once = all(seen[id(y)] == 1 for y in jax.tree.leaves(base))
+        if donate and once and not is_adapted(base):
+            return _run_donating(x, base)
+        return _run(dense, x)
 
     return jax.tree.unflatten(
         treedef, [merged(x) if is_adapted(x) else x for _, x in leaves]
@@ -74,15 +83,15 @@ def unload(model: PyTree) -> PyTree:
 
 
 def origin(x) -> Any:
-    """What an array was before it was adapted."""
-    while isinstance(x, LoraArray | FullArray):
-        x = x.base
+    """What an array was before it was adapted; an update alone was nothing."""
+    while is_adapted(x) and (base := base_of(x)) is not None:
+        x = base
     return x
 
 
 def _base(path: str, x) -> Any:
     x = origin(x)
-    if isinstance(x, FactoredArray):
+    if is_adapted(x):
         raise ValueError(
             f"{named(path)} is a low-rank array with no base, so that nothing would be "
             "left of it. `lora_quax.merge` gives its dense array."
@@ -105,37 +114,35 @@ def _adapted(model) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def refuse_missing(path: str, x) -> None:
+    """**Raises:** `ValueError` if a field of an adapted weight has lost its array."""
+    for name in _missing(x):
+        raise ValueError(
+            f"{named(path)} has None for its `{name}`: the model has been partitioned "
+            "or filtered. Put the parts together first, with `equinox.combine`."
+        )
+
+
+def _missing(x) -> Iterator[str]:
+    """The fields of an adapted weight that hold nothing.
+
+    A value of another library may have optional parts, so of its leaves one is enough.
+    """
     if not is_adapted(x):
         return
-    for keys, y in jtu.tree_flatten_with_path(x, is_leaf=lambda y: y is None)[0]:
-        if y is None:
-            raise ValueError(
-                f"{named(path)} has None for its `{dotted(keys)}`: the model has been "
-                "partitioned or filtered. Put the parts together first, with "
-                "`equinox.combine`."
-            )
+    for field in fields_of(type(x), static=False):
+        value = getattr(x, field.name)
+        if is_adapted(value):
+            yield from (join(field.name, name) for name in _missing(value))
+        elif not jax.tree.leaves(value):
+            yield field.name
 
 
-def _dense(x):
-    """The dense array; bit-identical to the base where the update is zero.
-
-    The selection has no place in `LoraArray.dense`, which is differentiated: it would
-    cut off the gradient of an update that is still zero.
-    """
-    if isinstance(x, LoraArray):
-        base, delta = _dense(x.base), x.delta.dense()
-        return jnp.where(delta == 0, base, add(base, delta))  # -0 + 0 would be +0.
-    if isinstance(x, FactoredArray):
-        return x.dense()
-    return type(x).materialise(x) if isinstance(x, quax.ArrayValue) else x
+_dense_jit = eqx.filter_jit(dense)
 
 
-def _dense_from(x: LoraArray, base):
-    return _dense(x.replace(base=base))
-
-
-_dense_jit = eqx.filter_jit(_dense)
-_dense_donating = eqx.filter_jit(_dense_from, donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first")
+def _dense_donating(x, base):
+    return dense(with_base(x, base))
 
 
 def _run(fun, x):
@@ -144,19 +151,19 @@ def _run(fun, x):
     return _dense_jit(x)
 
 
-def _run_donating(x: LoraArray, base):
+def _run_donating(x, base):
     leaves = jax.tree.leaves(base)
     if not all(isinstance(y, jax.Array) for y in leaves) or any(
         isinstance(y, Tracer) for y in leaves
     ):
-        return _run(_dense, x.replace(base=base))
+        return _run(dense, x)
     if isinstance(base, quax.Value):
         # Of another type than the merged weight, so it can be freed but not reused.
-        out = _dense_jit(x.replace(base=base))
+        out = _dense_jit(x)
         for y in leaves:
             y.delete()
         return out
-    return _dense_donating(x, base)
+    return _dense_donating(with_base(x, None), base)
 
 
 @eqx.filter_jit
@@ -180,8 +187,4 @@ def _refuse_non_finite(leaves) -> None:
 
 def _learnt(x) -> list[Any]:
     """What training has put into an adapted weight."""
-    if isinstance(x, FullArray):
-        return [x.value]
-    if isinstance(x, LoraArray):
-        return [x.delta, *(_learnt(x.base) if is_adapted(x.base) else [])]
-    return [x]
+    return jax.tree.leaves(eqx.filter(x, jax.tree.map(lambda r: r != BASE, roles(x))))

@@ -9,4 +9,5 @@ from . import (
     placement as placement,
     quax_gaps as quax_gaps,
     scalar as scalar,
+    scaled as scaled,
 )

@@ -23,16 +23,11 @@ from quax._primitives import cond_quax, scan_quax, while_quax
 from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense
 
-from .._arrays.array import (
-    add,
-    densify_or_refuse,
-    FactoredArray,
-    LoraArray,
-    LowRankArray,
-)
-from .._arrays.full import FullArray
+from .._arrays.base import densify_or_refuse, is_adapted, lower_all, replace
+from .._arrays.lora import add, LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._compat import as_function, core, detach_consts
-from .placement import factor_specs
+from .placement import leaf_specs
 
 
 Operand = ArrayLike | quax.ArrayValue
@@ -105,14 +100,14 @@ def _call(jaxpr, args) -> tuple:
 
 def _plain(x, primitive, why: str):
     """`x` as a plain array, if that is allowed."""
-    if isinstance(x, FactoredArray):
+    if is_adapted(x):
         return densify_or_refuse(str(primitive), x, [x], why)
     return type(x).materialise(x) if isinstance(x, quax.Value) else x
 
 
 def _own_plain(x, primitive, why: str):
     """`x` as a plain array, if it is of a type of ours; the others have a say in it."""
-    if isinstance(x, quax.Value) and not isinstance(x, FactoredArray | FullArray):
+    if isinstance(x, quax.Value) and not is_adapted(x):
         raise TypeError(f"A {type(x).__name__} met `{primitive}`: {why}.")
     return _plain(x, primitive, why)
 
@@ -127,7 +122,7 @@ def _unless_foreign(quax_rule):
     def decorate(rule):
         @ft.wraps(rule)
         def wrapper(*args: Operand, **params):
-            own = any(isinstance(x, FactoredArray | FullArray) for x in args)
+            own = any(is_adapted(x) for x in args)
             return (rule if own else quax_rule)(*args, **params)
 
         return wrapper
@@ -172,10 +167,10 @@ def _common(slot: Sequence):
     common = next((x for x in slot if isinstance(x, LoraArray)), None)
     if common is None or isinstance(common.base, quax.Value):
         return False
-    common = common.replace(stop_gradient=False)
+    common = replace(common, stopped=True)
     for x in slot:
         if isinstance(x, LoraArray):
-            same = _alike(x.replace(stop_gradient=False), common)
+            same = _alike(replace(x, stopped=True), common)
         else:
             same = _alike(x, common.base)
         if not same:
@@ -192,7 +187,7 @@ def _become(x, common):
         return _stop(x)
     like = jtu.tree_unflatten(*common)
     zero = jtu.tree_map(lambda t: jnp.zeros(t.shape, t.dtype), like.delta)
-    return like.replace(base=x, delta=zero)
+    return replace(like, base=x, delta=zero)
 
 
 def _run_branch(args, jaxpr, common):
@@ -241,7 +236,7 @@ def _settle(step: Callable, carry: Sequence, primitive) -> tuple[list, tuple]:
 
 
 def _stop(w: LoraArray) -> LoraArray:
-    return w.replace(base=w.frozen_base(), stop_gradient=False)
+    return replace(w, base=w.frozen_base(), stopped=True)
 
 
 def _run_step(consts, carry, jaxpr, keep):
@@ -283,23 +278,23 @@ def _sliced(x):
     axis is one of rows, the factor `a` does not have it, and every step shares `a`.
     """
     if isinstance(x, LoraArray):
-        return x.replace(base=_sliced(x.base), delta=_sliced(x.delta))
+        return replace(x, base=_sliced(x.base), delta=_sliced(x.delta))
     if isinstance(x, LowRankArray):
-        return x.replace(a=x.n_batch > 0, b=True)
+        return replace(x, a=x.n_batch > 0, b=True)
     return jtu.tree_map(lambda _: True, x)
 
 
 def _row(x, stacked: bool):
     """One slice of an array, whose leaves are sliced where `_sliced` says so."""
-    if stacked or not isinstance(x, FactoredArray):
+    if stacked or not is_adapted(x):
         return x
     if isinstance(x, LoraArray):
         base, delta = _row(x.base, stacked), _row(x.delta, stacked)
         if isinstance(delta, LowRankArray):
-            return x.replace(base=base, delta=delta)
-        return add(x.replace(base=base).frozen_base(), delta)
+            return replace(x, base=base, delta=delta)
+        return add(replace(x, base=base).frozen_base(), delta)
     assert isinstance(x, LowRankArray)
-    row = x.replace(rows=x.rows - 1)
+    row = replace(x, rows=x.rows - 1)
     return row if row.rows else row.dense()
 
 
@@ -314,10 +309,9 @@ def _run_scan(consts, shared, carry, sliced, jaxpr, stacked, keep):
 @_unless_foreign(scan_quax)
 def _(*args: Operand, jaxpr, **params):
     consts, carry, xs = unpack_scan_args(args, params)
+    xs = [lower_all(x) for x in xs]
     delta = lambda x: x.delta if isinstance(x, LoraArray) else x
-    stacked = tuple(
-        not isinstance(x, FactoredArray) or delta(x).n_batch > 0 for x in xs
-    )
+    stacked = tuple(not is_adapted(x) or delta(x).n_batch > 0 for x in xs)
     sliced, shared = eqx.partition(xs, [_sliced(x) for x in xs])
     slices = jtu.tree_map(lambda x: core.mapped_aval(len(x), 0, _type(x)), sliced)
 
@@ -369,7 +363,7 @@ _quax_custom_jvp = _QuaxTrace.process_custom_jvp_call
 
 
 def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zeros):
-    if any(isinstance(self.to_value(t), FactoredArray) for t in tracers):
+    if any(is_adapted(self.to_value(t)) for t in tracers):
         dense = _bind_dense(self, tracers, "custom_jvp")
         tracers = [_QuaxTracer(self, _dense(x)) for x in dense]
     return _quax_custom_jvp(
@@ -414,25 +408,16 @@ def _process_custom_vjp_call(self, primitive, fun, fwd, bwd, tracers, /, **param
 # given the partition spec of the axes that it holds.
 
 
-def _leaf_specs(value, spec):
-    if isinstance(value, LoraArray):
-        return value.replace(
-            base=_leaf_specs(value.base, spec), delta=_leaf_specs(value.delta, spec)
-        )
-    if isinstance(value, LowRankArray):
-        return factor_specs(value, spec)
-    return spec
-
-
 def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     values, specs = [], []
     for tracer, spec in zip(tracers, in_specs):
         value = _array(self.to_value(tracer))
-        if not isinstance(value, FactoredArray):
+        value = lower_all(value)
+        if not is_adapted(value):
             with core.set_current_trace(self.parent_trace):
                 value = _plain(value, primitive, "")
         values.append(value)
-        specs.append(_leaf_specs(value, spec))
+        specs.append(leaf_specs(value, spec))
     leaves, treedef = jtu.tree_flatten(values)
     is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
 
