@@ -18,6 +18,7 @@ from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.scaled import ScaledArray
 from .layout import (
+    BATCH,
     broadcast_in_dim,
     COL,
     contain,
