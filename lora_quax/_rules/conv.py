@@ -55,7 +55,6 @@ def conv_general_dilated(
             f"dimension_numbers say out={out_axis}, in={in_axis}"
         )
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    result = preferred_element_type or dtype
     params = dict(precision=precision, preferred_element_type=preferred_element_type)
     x, kernel, point = (y.astype(dtype) for y in (x, kernel, point))
     spec = tuple(range(len(lhs_spec)))  # Of our kernels: (out, in, *window).
@@ -87,7 +86,7 @@ def conv_general_dilated(
         if n_groups > 1:
             up = up.reshape(n_groups, -1, w.rank)
         z, z_labels = _split(z, out_spec, feature_group_count, batch_group_count)
-        out = _at_each_point(z, z_labels, up, out_spec, **params).astype(result)
+        out = _at_each_point(z, z_labels, up, out_spec, **params)
         out_sharding = of_result.get("out_sharding")
         return out if out_sharding is None else reshard(out, out_sharding)
     x, x_labels = _split(x, lhs_spec, feature_group_count, 1)
@@ -96,7 +95,7 @@ def conv_general_dilated(
     up = arrange(kernel, labels, [out_axis, "rank", *window])
     z, up = scaled(z, up.astype(z.dtype), w.scaling)
     numbers = lhs_spec, spec, out_spec
-    return convolve(z, up, numbers, batch_group_count, **of_result).astype(result)
+    return convolve(z, up, numbers, batch_group_count, **of_result)
 
 
 def _split(x, spec, feature_groups: int, batch_groups: int):

@@ -180,6 +180,7 @@ def _(
     group_offset,
     precision,
     preferred_element_type,
+    **of_result,
 ):
     """A mixture of experts: rows of `x`, sorted by expert, meet its factors."""
     numbers = ragged_dot_dimension_numbers
@@ -195,7 +196,8 @@ def _(
         raise NotLazy("the contracted axes must be all the rows or all the columns")
     dtype = jnp.promote_types(x.dtype, w.dtype)
 
-    def product(x, x_contract, ragged, factor, labels, contract):
+    # `of_result` is `out_sharding`, which JAX has from 0.11 on.
+    def product(x, x_contract, ragged, factor, labels, contract, **of_result):
         dot_numbers = ((x_contract, tuple(map(labels.index, contract))), ((), ()))
         return lax.ragged_dot_general(
             x,
@@ -205,6 +207,7 @@ def _(
             group_offset=group_offset,
             precision=precision,
             preferred_element_type=preferred(preferred_element_type, x),
+            **of_result,
         )
 
     rows = numbers.lhs_ragged_dimensions
@@ -214,5 +217,4 @@ def _(
     # z: (*x_free, rank)
     z, v = scaled(z, v.astype(z.dtype), w.scaling)
     rows = tuple(map(free.index, rows))
-    out = product(z, (z.ndim - 1,), rows, v, v_labels, ["rank"])
-    return out.astype(preferred_element_type or dtype)
+    return product(z, (z.ndim - 1,), rows, v, v_labels, ["rank"], **of_result)

@@ -66,7 +66,7 @@ def gather(
         return replace(w, a=a, b=b)
     b, a = scaled(b, a, w.scaling)
     out, out_labels = contract(b, b_labels, a, a_labels, keep=labels)
-    return arrange(out, out_labels, labels).astype(w.dtype)
+    return arrange(out, out_labels, labels)
 
 
 def result_labels(ndim: int, indices, numbers) -> list:

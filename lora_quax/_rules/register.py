@@ -44,9 +44,13 @@ def linear(
                 w = with_zero_base(args[operand])
                 return on_lora(*args[:operand], w, *args[operand + 1 :], **params)
             try:
-                return rule(*args, **params)
+                out = rule(*args, **params)
             except NotLazy as why:
                 return materialise_or_refuse(primitive, args, params, str(why))
+            dtype = _result_type(args, operand, params)
+            if isinstance(out, list):
+                return [_of_type(x, dtype) for x in out]
+            return _of_type(out, dtype)
 
         def on_lora(*args, **params):
             # What a weight is multiplied with comes before it. Its cotangent, a sum
@@ -69,6 +73,18 @@ def linear(
         return rule
 
     return decorate
+
+
+def _result_type(args, operand: int, params):
+    """The type of a dense result. A rule gives it as it was computed, perhaps wider."""
+    dtype = args[operand].dtype
+    if operand == 1:
+        dtype = jnp.promote_types(args[0].dtype, dtype)
+    return params.get("preferred_element_type") or dtype
+
+
+def _of_type(x, dtype):
+    return x if isinstance(x, LowRankArray) else x.astype(dtype)
 
 
 def register(primitive, operand: int, kind: type, rule):
@@ -144,4 +160,4 @@ def distribute(w: LoraArray, on_base, delta, others: Sequence):
 
 def settle(delta: LowRankArray):
     """An array without rows, or without columns, is a vector: nothing is saved."""
-    return delta if delta.rows and delta.cols else delta.dense()
+    return delta if delta.rows and delta.cols else delta.product()
