@@ -54,9 +54,9 @@ JOINS = {
     "cond": lambda w, v: lax.cond(v[0, 0] < 99, lambda: v, lambda: w) @ ONES,
     "concatenate rows": lambda w, v: (jnp.concatenate([w, v]) @ ONES)[5:],
     "concatenate twice": lambda w, v: (jnp.concatenate([w, v, w]) @ ONES)[5:10],
-    "concatenate columns": lambda w, v: (
-        jnp.ones(5) @ jnp.concatenate([v, w, v], 1)
-    )[jnp.array([0, 1, 2, 6, 7, 8])],
+    "concatenate columns": lambda w, v: (jnp.ones(5) @ jnp.concatenate([v, w, v], 1))[
+        jnp.array([0, 1, 2, 6, 7, 8])
+    ],
     "stack": lambda w, v: jnp.einsum("eoi,i->eo", jnp.stack([w, v]), ONES)[1],
     "pad": lambda w, v: (jnp.pad(w, ((1, 2), (0, 0))) @ ONES)[jnp.array([0, 6, 7])],
     "pad columns": lambda w, v: (jnp.ones(5) @ jnp.pad(w, ((0, 0), (1, 1))))[
@@ -127,7 +127,9 @@ def test_scalars_are_those_of_the_weight(scalar, dtype):
     out = quax.quaxify(lambda w: fn(w) @ u)(w)
     expected = fn(densify(wide)) @ u.astype(float)
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 * abs(expected).max())
+    np.testing.assert_allclose(
+        out, expected, rtol=1e-5, atol=1e-5 * abs(expected).max()
+    )
 
 
 SCALED = {
@@ -167,7 +169,9 @@ def test_the_scaling_overflows_in_no_factor(program, dtype):
     run = (lambda w, u: fn(merge(w), u)) if program == "merge" else quax.quaxify(fn)
     out = np.asarray(run(w, u), float)
     expected = np.asarray(fn(densify(wide), u.astype(float)))
-    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * abs(expected).max())
+    np.testing.assert_allclose(
+        out, expected, rtol=2e-5, atol=2e-5 * abs(expected).max()
+    )
 
 
 # Complex numbers.

@@ -1,8 +1,8 @@
-"""What all our arrays share: a policy on dense weights, and fields that say their role.
+"""What all our arrays share: a policy on dense weights, and fields with a role.
 
-An array that adapts a weight is an `AdaptedArray`. It says, by `lower`, what it comes to
-in terms of the few arrays that the rules of `_rules` know; and it says, by the role of
-each field, what of it trains and what of it belongs on disk. Nothing else has to be
+An array that adapts a weight is an `AdaptedArray`. It says, by `lower`, what it comes
+to in terms of the few arrays that the rules of `_rules` know; and it says, by the role
+of each field, what of it trains and what of it belongs on disk. Nothing else has to be
 known of it anywhere, so that a new form of adaptation is a class of a few lines.
 """
 
@@ -35,9 +35,10 @@ BASE, FROZEN = "base", "frozen"
 def role(name: str, **kwargs: Any) -> Any:
     """A field of an `AdaptedArray`, and what its leaves are.
 
-    - `"base"`: what was there before. It is kept as it is and not written to disk, unless
-        the array has a `stop_gradient` that is false: then it trains, as `"full"`.
-    - `"frozen"`: belongs to the adaptation, and is written with it, but does not train.
+    - `"base"`: what was there before. It is kept as it is and not written to disk,
+        unless the array has a `stop_gradient` that is false: then it trains, as
+        `"full"`.
+    - `"frozen"`: belongs to the adaptation and is written with it, but does not train.
     - any other name, such as `"a"` or `"b"`: trains, under this label.
 
     A field without a role holds another adapted array, which has roles of its own.
@@ -113,7 +114,7 @@ def _free_role(x: Any) -> Any:
 
 
 def base_of(x: Any) -> Any:
-    """What an adapted array is around; `None` for an update, which is around nothing."""
+    """What an adapted array is around. An update is around nothing: `None`."""
     for field in fields_of(type(x), static=False):
         value, name = getattr(x, field.name), field.metadata.get("role")
         if name == BASE:
@@ -144,9 +145,9 @@ class MaterialiseError(RuntimeError):
 class AdaptedArray(quax.ArrayValue):
     """An array that stands for a weight, or for the update of one, that is adapted.
 
-    A subclass is an `equinox.Module` with a `role` for each field that holds arrays, and
-    the method `lower`. That is all: an operation that has no rule for it is done to what
-    it lowers to.
+    A subclass is an `equinox.Module` with a `role` for each field that holds arrays,
+    and the method `lower`. That is all: an operation that has no rule for it is done to
+    what it lowers to.
     """
 
     allow_materialise: eqx.AbstractVar[bool]
@@ -242,7 +243,7 @@ def lower_all(x: Any) -> Any:
 
 
 def lowered_type(x: Any) -> Any:
-    """`lower(x)` with types in place of arrays; of a form seen before it costs nothing."""
+    """`lower(x)` with types in place of arrays. The second time it costs nothing."""
     leaves, treedef = jtu.tree_flatten(x)
     return _lowered_type(treedef, tuple(map(aval_of, leaves)))
 
@@ -322,9 +323,7 @@ def make(cls, **values):
 
 def replace(x, **changes):
     """A copy of an array with some fields changed; the new values must fit."""
-    assert changes.keys() <= vars(x).keys(), (
-        f"no fields: {changes.keys() - vars(x).keys()}"
-    )
+    assert changes.keys() <= vars(x).keys(), changes.keys() - vars(x).keys()
     return make(type(x), **{**vars(x), **changes})
 
 

@@ -13,7 +13,7 @@ from jax.core import ShapedArray, Tracer
 
 
 def aval_of(x) -> Any:
-    """The type of an array, of a value, of an abstract stand-in for one, or of a type."""
+    """The type of an array, of a value, or of an abstract stand-in for one."""
     if isinstance(x, quax.ArrayValue):
         return type(x).aval(x)
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -60,14 +60,14 @@ def check_factor_dtype(dtype) -> np.dtype:
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise TypeError(
-            f"`dtype`, of the factors, must be a floating-point type of 16 bits or more, "
-            f"got {dtype.name}."
+            "`dtype`, of the factors, must be a floating-point type of 16 bits or "
+            f"more, got {dtype.name}."
         )
     return dtype
 
 
 def default_dtype(weight) -> np.dtype:
-    """The type of the factors of a weight: its own, but at least float32, as in PEFT."""
+    """The type of a weight's factors: its own, but at least float32, as in PEFT."""
     dtype = jnp.dtype(aval_of(weight).dtype)
     return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 

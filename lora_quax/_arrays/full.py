@@ -43,8 +43,8 @@ class FullArray(AdaptedArray):
     def __check_init__(self):
         if self.base.shape != self.value.shape:
             raise ValueError(
-                f"A value of shape {self.value.shape} stands beside an original of shape "
-                f"{self.base.shape}."
+                f"A value of shape {self.value.shape} stands beside an original of "
+                f"shape {self.base.shape}."
             )
 
     @property

@@ -137,8 +137,8 @@ class LoraArray(AdaptedArray):
         **Arguments:**
 
         - `base`: an array or a `quax.ArrayValue`; it may be a `jax.ShapeDtypeStruct`.
-        - `delta`: an update of its shape: a `LowRankArray`, or another form. Whether the
-            dense weight may be formed is its `allow_materialise`.
+        - `delta`: an update of its shape: a `LowRankArray`, or another form. Whether
+            the dense weight may be formed is its `allow_materialise`.
         - `stop_gradient`: whether the base is frozen: no gradient reaches it.
 
         **Raises:** `ValueError` if the two differ in shape; `TypeError` if `base` is no
@@ -193,9 +193,8 @@ class LoraArray(AdaptedArray):
 
     def frozen_base(self) -> Any:
         """The base as it enters a result: behind `stop_gradient`, if it is frozen."""
-        return (
-            frozen(self.base) if self.stop_gradient and not self.stopped else self.base
-        )
+        passes = self.stopped or not self.stop_gradient
+        return self.base if passes else frozen(self.base)
 
     def dense(self) -> Array:
         return _sum(dense(self.frozen_base()), self.delta.lower().product())
@@ -230,10 +229,10 @@ def _wide(base, delta):
 
 @jax.custom_jvp
 def _sum(base, delta):
-    """`base + delta`, bit for bit the base where the update is zero: -0 + 0 would be +0.
+    """`base + delta`, and the base, bit for bit, where the update is zero.
 
-    The selection is not differentiated. It would cut off the gradient of an update that
-    is still zero.
+    For -0 + 0 is +0. The selection is not differentiated: it would cut off the gradient
+    of an update that is still zero.
     """
     return jnp.where(delta == 0, base, add(base, delta))
 

@@ -149,11 +149,11 @@ class LowRankArray(AbstractDelta):
         n = self.a.ndim - 1 - self.cols
         if n < 0 or self.b.ndim - 1 - self.rows != n:
             raise ValueError(
-                f"A low-rank array of {self.rows} axes of rows and {self.cols} of columns "
-                f"has factors a of shape {self.a.shape} and b of shape {self.b.shape}. "
-                "Was it mapped along its rows by `jax.vmap` or `jax.lax.scan`? These map "
-                "its leaves, of which `a` has no axis of rows; inside `quax.quaxify` they "
-                "map the array: `quaxify(vmap(f))`."
+                f"A low-rank array of {self.rows} axes of rows and {self.cols} of "
+                f"columns has factors a of shape {self.a.shape} and b of shape "
+                f"{self.b.shape}. Was it mapped along its rows by `jax.vmap` or "
+                "`jax.lax.scan`? These map its leaves, of which `a` has no axis of "
+                "rows; inside `quax.quaxify` they map the array: `quaxify(vmap(f))`."
             )
         return n
 

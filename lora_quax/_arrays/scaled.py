@@ -76,9 +76,8 @@ class ScaledArray(AdaptedArray):
 
     def frozen_base(self) -> Any:
         """The base as it enters a result: behind `stop_gradient`, if it is frozen."""
-        return (
-            frozen(self.base) if self.stop_gradient and not self.stopped else self.base
-        )
+        passes = self.stopped or not self.stop_gradient
+        return self.base if passes else frozen(self.base)
 
     def dense(self) -> Array:
         return times(dense(self.frozen_base()), self.scale)

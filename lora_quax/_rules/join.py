@@ -40,7 +40,7 @@ def _unscaled(d: LowRankArray) -> LowRankArray:
 
 
 def _alike(deltas: Sequence[LowRankArray], operation: str) -> list[LowRankArray]:
-    """Arrays of equal shape with the same axes as rows and as columns, and one scaling."""
+    """Arrays of one shape, with the same axes as rows and columns, and one scaling."""
     first, error = deltas[0], None
     for like in deltas:  # One may be brought into the form of another, and not back.
         try:
@@ -50,7 +50,8 @@ def _alike(deltas: Sequence[LowRankArray], operation: str) -> list[LowRankArray]
             error = why
     else:
         raise NotLazy(
-            f"the arrays differ in which axes are rows and which are columns, and {error}"
+            "the arrays differ in which axes are rows and which are columns, and "
+            f"{error}"
         )
     if any(d.scaling != first.scaling for d in deltas):
         deltas = [_unscaled(d) for d in deltas]

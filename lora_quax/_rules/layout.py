@@ -59,10 +59,10 @@ def on_factors(
 def contained(full, full_labels, sparse, sparse_labels):
     """Two factors, before zeros are put into the second of them.
 
-    A zero beside a factor that is not finite is no zero in the product: 0 · inf. So what
-    is not finite is taken from the first factor, and put, for the same index of the
-    rank, into the second: all there is of the array by now is spoilt, and what is added
-    to it is not. Where the factors are finite nothing changes.
+    A zero beside a factor that is not finite is no zero in the product: 0 · inf. So
+    what is not finite is taken from the first factor, and put, for the same index of
+    the rank, into the second: all there is of the array by now is spoilt, and what is
+    added to it is not. Where the factors are finite nothing changes.
     """
     own = [i for i in full_labels if i not in sparse_labels]
     shared = [i for i in full_labels if i in sparse_labels]
@@ -138,7 +138,7 @@ def _with_factors(w: LowRankArray, a, b, groups) -> LowRankArray:
 
 
 def in_groups(w: LowRankArray, target: Sequence[int], operation: str) -> LowRankArray:
-    """`w` with each axis in its target group: batch axes first, then rows, then columns.
+    """`w` with each axis in its target group: batch first, then rows, then columns.
 
     **Raises:** `NotLazy` if the factors would be larger than the array.
     """

@@ -33,12 +33,13 @@ def fills(params) -> bool:
 def gather(
     w: LowRankArray, indices, *, dimension_numbers, slice_sizes, fill_value, **params
 ):
-    """A slice of `w` for each index: `out[i, k] = w[start(i) + k]`, where `i` stands for
-    the axes of `indices` but the last, and `k` for the axes of a slice.
+    """A slice of `w` for each index: `out[i, k] = w[start(i) + k]`, where `i` stands
+    for the axes of `indices` but the last, and `k` for the axes of a slice.
 
-    With `w = Σ_r b[·, r] a[r, ·]` each factor gives its own part of the slices, `b[i, k, r]`
-    and `a[i, r, k]` with those `k` that are its axes, and the result is their product, for
-    each `i`, over `r`. A factor that is not cut is the same for each `i`.
+    With `w = Σ_r b[·, r] a[r, ·]` each factor gives its own part of the slices,
+    `b[i, k, r]` and `a[i, r, k]` with those `k` that are its axes, and the result is
+    their product, for each `i`, over `r`. A factor that is not cut is the same for
+    each `i`.
     """
     del fill_value  # Out of bounds, the base gives it, and the update zero.
     numbers = dimension_numbers
@@ -70,8 +71,8 @@ def gather(
 
 
 def result_labels(ndim: int, indices, numbers) -> list:
-    """The axes of the result: `("id", j)` for axis `j` of the indices, and the number of
-    the operand's axis for one of a slice, which stand at `offset_dims`."""
+    """The axes of the result: `("id", j)` for axis `j` of the indices, and for an axis
+    of a slice, which stand at `offset_dims`, the number that it has in the operand."""
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     kept = [i for i in range(ndim) if i not in dropped]
     labels: list = [("id", j) for j in range(indices.ndim - 1)]
@@ -94,9 +95,9 @@ def look_up(
 ):
     """The lookup of an array in a factor of it, which holds the axes `labels`.
 
-    Returns the slices, with axes for the indices in front, and their labels. Of an index
-    only the columns count that are for axes of the factor. Two that differ in other
-    columns are then the same, so that nothing more is promised of them.
+    Returns the slices, with axes for the indices in front, and their labels. Of an
+    index only the columns count that are for axes of the factor. Two that differ in
+    other columns are then the same, so that nothing more is promised of them.
     """
     position = {label: k for k, label in enumerate(labels)}
     columns = [k for k, i in enumerate(numbers.start_index_map) if i in position]

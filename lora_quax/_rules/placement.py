@@ -78,8 +78,9 @@ def _foreign_spec(w, leaf, entries):
         return PartitionSpec()
     if leaf.ndim != w.ndim:
         raise TypeError(
-            f"A {type(w).__name__} of shape {w.shape} has a leaf of shape {leaf.shape}, "
-            f"and it is not known which of its axes are partitioned by {entries}."
+            f"A {type(w).__name__} of shape {w.shape} has a leaf of shape "
+            f"{leaf.shape}, and it is not known which of its axes are partitioned by "
+            f"{entries}."
         )
     return PartitionSpec(*(e if n != 1 else None for e, n in zip(entries, leaf.shape)))
 

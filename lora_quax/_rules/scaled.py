@@ -1,9 +1,9 @@
 """What is done to a scaled array: `scale · base`, multiplied out as late as can be.
 
 What moves elements moves those of the scale as it moves those of the base, and the
-product element by element is as it was. Along an axis where the scale does not vary it has
-length 1, and stays as it is. A product sums over some axes: a scale along these is put on
-the other operand, and one along the rest on the result.
+product element by element is as it was. Along an axis where the scale does not vary it
+has length 1, and stays as it is. A product sums over some axes: a scale along these is
+put on the other operand, and one along the rest on the result.
 """
 
 import math
@@ -88,7 +88,7 @@ def _reshape(s, w, *, new_sizes, dimensions, sharding):
         raise NotLazy("the array is empty")
     old, new = list(s.shape), []
     for before, after in blocks(shape, new_sizes):
-        # An axis along which the scale does not vary may be merged with one where it does.
+        # An axis where the scale does not vary may be merged with one where it does.
         if any(s.shape[i] != 1 for i in before):
             for i in before:
                 old[i] = shape[i]
@@ -154,7 +154,7 @@ _running(lax.cumsum_p)
 
 @on(lax.gather_p)
 def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
-    """A lookup is an activation, and multiplied out. What is filled in is not scaled."""
+    """A lookup is an activation, and multiplied out. What is filled in stays so."""
     numbers, labels = dimension_numbers, varying(w)
     out = quax.quaxify(lax.gather_p.bind)(
         w.frozen_base(),
