@@ -28,6 +28,14 @@ from jax.core import ShapedArray
 from jax.sharding import PartitionSpec
 
 
+if jax.__version_info__ >= (0, 11):
+    from jax._src.flattree import flatten as flat_tree
+else:
+    from jax._src.tree_util import FlatTree
+
+    flat_tree = FlatTree.flatten
+
+
 def partition_spec(x) -> tuple:
     """How the type of an array says it is sharded; on a mesh that is not explicit, and
     for an abstract stand-in, not at all."""
@@ -68,3 +76,17 @@ def detach_consts(closed):
     is_merged = closed.jaxpr is closed
     jaxpr = _convert_constvars_jaxpr(closed if is_merged else closed.jaxpr)
     return jaxpr, list(closed.consts)
+
+
+def cotangents(out) -> list:
+    """Those that the rule of a `custom_vjp` function returns, one for each operand.
+
+    JAX 0.12 lets it write a log of the backward pass beside them.
+    """
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], list):
+        out, logs = out
+        if logs is not None:
+            raise NotImplementedError(
+                "A rule with `defvjp_with_logs` is not carried through Quax's trace."
+            )
+    return list(out)

@@ -1,12 +1,14 @@
 """What each primitive does to the arrays, by family. Importing registers the rules."""
 
 from . import (
+    calls as calls,
     conv as conv,
     dot as dot,
     join as join,
     layout as layout,
     lookup as lookup,
+    loops as loops,
     placement as placement,
-    quax_gaps as quax_gaps,
+    quax_trace as quax_trace,
     scalar as scalar,
 )

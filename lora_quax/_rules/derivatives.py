@@ -1,0 +1,102 @@
+"""Tangents and cotangents of an array, and those of its leaves.
+
+A function with a derivative of its own is written for one operand where there are now
+several leaves. For `W = base + s · b · a`,
+
+    dW = dbase + s · b · da + s · db · a,        a sum of arrays of low rank, unsummed,
+    cotangents of a and of b: s · bᵀ · c and s · c · aᵀ, for a cotangent c of W,
+
+so a rule for tangents is given one that is factored like the weight, and from a rule
+for cotangents each factor is given its own.
+"""
+
+import functools as ft
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import quax
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from .._arrays.array import LoraArray, LowRankArray, make, scale
+from .._arrays.check import aval_of
+from .._arrays.full import FullArray
+from .._arrays.thin_dot import arrange, contract
+
+
+def tangent_of(x, dx) -> Any:
+    """The tangent of an array whose leaves have the tangents `dx`, each an array or a
+    `SymbolicZero`; itself an array, perhaps factored, or a `SymbolicZero`."""
+    terms = _tangents(x, dx)
+    aval = aval_of(x)
+    if not terms:
+        return SymbolicZero(aval.to_tangent_aval())
+    total = ft.reduce(_plus, terms)
+    if total.dtype == aval.dtype:
+        return total
+    return quax.quaxify(lax.convert_element_type)(total, aval.dtype)
+
+
+def _tangents(x, dx) -> list:
+    """The terms whose sum is the tangent, of which all but the first are low rank."""
+    if isinstance(x, LoraArray):
+        base = [] if x.stop_gradient else _tangents(x.base, dx.base)
+        return [*base, *_tangents(x.delta, dx.delta)]
+    if isinstance(x, LowRankArray):
+        factors = dict(a=dx.a), dict(b=dx.b)
+        return [x.replace(**f) for f in factors if not any(map(_is_zero, f.values()))]
+    if isinstance(x, FullArray):
+        return _tangents(x.value, dx.value)
+    if isinstance(x, quax.Value):
+        if all(map(_is_zero, jtu.tree_leaves(dx))):
+            return []
+        raise TypeError(
+            f"A base of type {type(x).__name__} that is not frozen met a function with "
+            "`custom_jvp`: only its own type knows the tangent of what it stands for."
+        )
+    return [] if _is_zero(dx) else [dx]
+
+
+def _plus(x, delta) -> LoraArray:
+    return make(
+        LoraArray,
+        base=x,
+        delta=delta,
+        stop_gradient=False,
+        allow_materialise=delta.allow_materialise,
+    )
+
+
+def _is_zero(dx) -> bool:
+    return isinstance(dx, SymbolicZero)
+
+
+def cotangent_of_leaves(x, ct) -> Any:
+    """The cotangents of the leaves of `x`, in its structure; None where there is none.
+
+    `ct` is the cotangent of what `x` stands for, an array.
+    """
+    if isinstance(x, LoraArray):
+        base = None if x.stop_gradient else cotangent_of_leaves(x.base, ct)
+        return x.replace(base=base, delta=cotangent_of_leaves(x.delta, ct))
+    if isinstance(x, LowRankArray):
+        a_labels, b_labels, labels = x.labels
+
+        def factor(like, like_labels, other, other_labels):
+            batch = range(x.n_batch)
+            out, out_labels = contract(other, other_labels, ct, labels, keep=batch)
+            out = scale(arrange(out, out_labels, like_labels), x.scaling)
+            return out.astype(like.dtype)
+
+        a = factor(x.a, a_labels, x.b, b_labels)
+        return x.replace(a=a, b=factor(x.b, b_labels, x.a, a_labels))
+    if isinstance(x, FullArray):
+        return eqx.tree_at(lambda x: (x.base, x.value), x, (None, ct))
+    if isinstance(x, quax.Value):
+        trained, rest = eqx.partition(x, eqx.is_inexact_array)
+        combined = lambda trained: eqx.combine(trained, rest)
+        dense = lambda trained: type(x).materialise(combined(trained))
+        return jax.vjp(dense, trained)[1](ct)[0]
+    return ct
