@@ -5,6 +5,8 @@ Each entry says which version changed what. Some primitives (`split_p`, `stack_p
 `jax.extend.core.primitives`; the rules take them from there.
 """
 
+from typing import Any
+
 import jax
 
 # Core JAX that Quax's own trace is built from, and of which `jax.extend` has no part.
@@ -34,6 +36,14 @@ else:
     from jax._src.tree_util import FlatTree
 
     flat_tree = FlatTree.flatten
+
+
+# Primitives that hold an object which says what they do came with JAX 0.12, and so did
+# one that does what a jaxpr says.
+call_hi_primitive_p: Any = None
+eval_jaxpr_p: Any = getattr(core, "eval_jaxpr_p", None)
+if jax.__version_info__ >= (0, 12):
+    from jax._src.hijax import call_hi_primitive_p as call_hi_primitive_p
 
 
 def partition_spec(x) -> tuple:

@@ -12,6 +12,7 @@ What each primitive does to them stands in `_rules`.
 
 import abc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -33,6 +34,11 @@ from .thin_dot import arrange, contract
 
 class MaterialiseError(RuntimeError):
     """An operation needs the dense weight, and the array does not allow it."""
+
+
+# Rules for primitives of packages that need not be installed, by the primitive's name:
+# `rule(primitive, values, params)`.
+late_rules: dict[str, Callable] = {}
 
 
 class FactoredArray(quax.ArrayValue):
@@ -57,6 +63,8 @@ class FactoredArray(quax.ArrayValue):
 
     @staticmethod
     def default(primitive, values, params):
+        if (rule := late_rules.get(primitive.name)) is not None:
+            return rule(primitive, values, params)
         return materialise_or_refuse(
             primitive, values, params, f"there is no low-rank rule for `{primitive}`"
         )

@@ -4,6 +4,8 @@ from . import (
     calls as calls,
     conv as conv,
     dot as dot,
+    equinox_internal as equinox_internal,
+    hi as hi,
     join as join,
     layout as layout,
     lookup as lookup,
@@ -11,4 +13,5 @@ from . import (
     placement as placement,
     quax_trace as quax_trace,
     scalar as scalar,
+    solves as solves,
 )

@@ -13,6 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._arrays.array import add, LoraArray, LowRankArray
 from .._arrays.check import aval_of
+from .._compat import core
+from .traced import type_of
 
 
 def leaf_specs(x, spec) -> list[PartitionSpec]:
@@ -85,6 +87,15 @@ def _scan_leaves(x, length: int) -> list[tuple]:
         else:
             out.append((None, leaf))
     return out
+
+
+def slices(sliced, length: int):
+    """The types of one slice of each leaf."""
+
+    def slice_of(leaf):
+        return core.mapped_aval(length, 0, type_of(leaf))
+
+    return jtu.tree_map(slice_of, sliced)
 
 
 def step_of_scan(x):

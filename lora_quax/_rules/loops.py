@@ -14,9 +14,8 @@ from jax import lax
 from quax._compat import scan_bind_params, unpack_scan_args
 from quax._primitives import cond_quax, scan_quax, while_quax
 
-from .._compat import core
 from .kinds import become, common_kind, kind_of
-from .leaves import split_for_scan, step_of_scan
+from .leaves import slices, split_for_scan, step_of_scan
 from .traced import (
     alike,
     call,
@@ -25,7 +24,6 @@ from .traced import (
     own_plain,
     run_call,
     trace_on,
-    type_of,
 )
 
 
@@ -132,22 +130,18 @@ def _run_settled_scan(consts, shared, carry, sliced, jaxpr, kinds):
     return (*_become_all(out[:n], kinds, lax.scan_p, _CARRY), *out[n:])
 
 
-def _slices(sliced, length: int):
-    return jtu.tree_map(lambda x: core.mapped_aval(length, 0, type_of(x)), sliced)
-
-
 @call_rule(lax.scan_p, scan_quax)
 def scan(*args, jaxpr, length, **params):
     consts, carry, xs = unpack_scan_args(args, params)
     sliced, shared = zip(*(split_for_scan(x, length) for x in xs)) if xs else ((), ())
-    slices = _slices(sliced, length)
+    steps = slices(sliced, length)
 
     def step(carry):
-        operands = (consts, shared, carry, slices)
+        operands = (consts, shared, carry, steps)
         return trace_on(_run_scan, operands, jaxpr)[1][: len(carry)]
 
     carry, kinds = _settle(step, carry, jaxpr.out_avals, lax.scan_p)
-    operands = (consts, shared, carry, slices)
+    operands = (consts, shared, carry, steps)
     new_jaxpr, out = trace_on(_run_settled_scan, operands, jaxpr, kinds)
     groups = [jtu.tree_leaves(group) for group in ((consts, shared), carry, sliced)]
     num_consts, num_carry, num_xs = map(len, groups)

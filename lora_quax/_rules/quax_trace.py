@@ -228,6 +228,14 @@ def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     return out_tree.map(lambda _: _wrap(self, next(out)))
 
 
+# JAX 0.12 expands a higher primitive for a trace that does not ask for it, and with it
+# loses the derivative that it was given: of `lax.custom_root`, even of plain arrays.
+
+if hasattr(core.Trace, "requires_low"):
+    _is_low = property(lambda self: False, lambda self, value: None)
+    setattr(_QuaxTrace, "requires_low", _is_low)
+
+
 _quax_custom_vjp = _QuaxTrace.process_custom_vjp_call
 _quax_shard_map = getattr(_QuaxTrace, "process_shard_map", None)
 _QuaxTrace.process_custom_jvp_call = _process_custom_jvp_call

@@ -1,0 +1,109 @@
+"""Primitives of Equinox, and one of lineax that is built as these are.
+
+Their operands are pytrees with anything at the leaves, of which the primitive binds the
+arrays. An array of ours becomes a node of such a tree, and its leaves are bound.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.tree_util as jtu
+import quax
+from equinox.internal._noinline import noinline_p
+from equinox.internal._nontraceable import (
+    nonbatchable_p,
+    nondifferentiable_backward_p,
+    nontraceable_p,
+)
+from equinox.internal._primitive import _combine
+
+from .._arrays.array import late_rules, materialise_or_refuse
+from .traced import call_rule, is_ours, is_value
+
+
+def _identity(primitive):
+    """Primitives that return their operand, or complain of how it is transformed."""
+
+    @call_rule(primitive)
+    def _(w, **params):
+        return jtu.tree_map(lambda leaf: primitive.bind(leaf, **params), w)
+
+
+for _primitive in (nonbatchable_p, nondifferentiable_backward_p, nontraceable_p):
+    _identity(_primitive)
+
+
+def _operands(values, treedef, static) -> tuple:
+    return jtu.tree_unflatten(treedef, _combine(values, static))
+
+
+def _results(out, flatten) -> list:
+    """The arrays of a result, whose structure `flatten` is told."""
+    aval = lambda x: x.aval() if is_value(x) else x
+    flatten(jtu.tree_map(aval, out, is_leaf=is_value))
+    arrays = [x for x in jtu.tree_leaves(out, is_leaf=is_value) if _is_array(x)]
+    return arrays
+
+
+def _is_array(x) -> bool:
+    return is_value(x) or eqx.is_array(x)
+
+
+@call_rule(noinline_p)
+def noinline(*values, treedef, static, flatten):
+    """The function that is not inlined is wrapped in `quaxify`, where it is called."""
+    index, abstract_fn, transforms, args = _operands(values, treedef, static)
+    transforms = [*transforms, quax.quaxify]
+    out = eqxi.filter_primitive_bind(noinline_p, index, abstract_fn, transforms, args)
+    return _results(out, flatten)
+
+
+def _linear_solve(primitive, values, params) -> Any:
+    """`lineax.linear_solve`: an operator made of a weight becomes a function, which is
+    closed over the leaves of that."""
+    import lineax as lx
+
+    args = _operands(values, params["treedef"], params["static"])
+    operator, state, vector, options, solver, throw = args
+
+    def has_ours(x) -> bool:
+        return any(map(is_ours, jtu.tree_leaves(x, is_leaf=is_value)))
+
+    def is_operator(x) -> bool:
+        return isinstance(x, lx.AbstractLinearOperator)
+
+    def on_leaves(x):
+        if not (is_operator(x) and has_ours(x)):
+            return x
+        tags = frozenset(tag for tag, holds in _tags(lx).items() if holds(x))
+        apply = quax.quaxify(lambda operator, vector: operator.mv(vector))
+        function = lambda vector: apply(x, vector)
+        return lx.FunctionLinearOperator(function, x.in_structure(), tags)
+
+    operator, state, options = jtu.tree_map(
+        on_leaves, (operator, state, options), is_leaf=is_operator
+    )
+    if has_ours((operator, state, options, vector, solver)):
+        why = "its vector and what the solver has computed must be plain arrays"
+        return materialise_or_refuse(primitive, values, params, why)
+    out = eqxi.filter_primitive_bind(
+        primitive, operator, state, vector, options, solver, throw
+    )
+    return _results(out, params["flatten"])
+
+
+def _tags(lx) -> dict:
+    return {
+        lx.symmetric_tag: lx.is_symmetric,
+        lx.diagonal_tag: lx.is_diagonal,
+        lx.tridiagonal_tag: lx.is_tridiagonal,
+        lx.unit_diagonal_tag: lx.has_unit_diagonal,
+        lx.lower_triangular_tag: lx.is_lower_triangular,
+        lx.upper_triangular_tag: lx.is_upper_triangular,
+        lx.positive_semidefinite_tag: lx.is_positive_semidefinite,
+        lx.negative_semidefinite_tag: lx.is_negative_semidefinite,
+    }
+
+
+late_rules["linear_solve"] = _linear_solve
