@@ -15,10 +15,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import quax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Literal
 
 from .._arrays.array import LoraArray, LowRankArray, make, scale
 from .._arrays.check import aval_of
@@ -69,6 +71,17 @@ def _plus(x, delta) -> LoraArray:
     )
 
 
+def tangents_of_leaves(x, dx) -> list:
+    """Of each leaf of `x`, as an array; that of a frozen base is zero."""
+    if isinstance(x, LoraArray):
+        base = tangents_of_leaves(x.base, dx.base)
+        if x.stop_gradient:
+            base = [jnp.zeros_like(t) for t in base]
+        return [*base, *tangents_of_leaves(x.delta, dx.delta)]
+    leaves = jtu.tree_leaves(dx, is_leaf=_is_zero)
+    return [jnp.zeros(t.aval.shape, t.aval.dtype) if _is_zero(t) else t for t in leaves]
+
+
 def _is_zero(dx) -> bool:
     return isinstance(dx, SymbolicZero)
 
@@ -100,3 +113,48 @@ def cotangent_of_leaves(x, ct) -> Any:
         dense = lambda trained: type(x).materialise(combined(trained))
         return jax.vjp(dense, trained)[1](ct)[0]
     return ct
+
+
+# Some functions return an operand as it is, and its tangent as it is: a cast that
+# changes nothing, `nondifferentiable`, `eqx.error_if`. What they say of the whole holds
+# of each part, so a weight goes through them factored.
+
+
+def returned_operands(jaxpr) -> list[int | None]:
+    """For each result of a jaxpr, which of its operands it is, if it is one.
+
+    A branch that does nothing but raise an error of Equinox returns nothing.
+    """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    source: dict[Any, int | None] = {v: i for i, v in enumerate(jaxpr.invars)}
+    read = lambda v: None if isinstance(v, Literal) else source.get(v)
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        operands = list(map(read, eqn.invars))
+        if name == "stop_gradient":
+            source[eqn.outvars[0]] = operands[0]
+            continue
+        if name in ("jit", "pjit"):
+            inside = [eqn.params["jaxpr"]]
+        elif name == "custom_jvp_call":
+            inside = [eqn.params["call_jaxpr"]]
+        elif name == "cond":
+            operands = operands[1:]
+            inside = [j for j in eqn.params["branches"] if not _raises(j)]
+        else:
+            continue
+        sources = zip(*map(returned_operands, inside))
+        for v, of_branches in zip(eqn.outvars, sources):
+            [*which] = set(of_branches)
+            if len(which) == 1 and which[0] is not None:
+                source[v] = operands[which[0]]
+    return list(map(read, jaxpr.outvars))
+
+
+def _raises(jaxpr) -> bool:
+    """Whether a branch is what `eqx.error_if` runs where there is an error."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "pure_callback":
+            function = getattr(eqn.params.get("callback"), "callback_func", None)
+            return getattr(function, "__module__", None) == "equinox._errors"
+    return False

@@ -10,6 +10,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.tree_util as jtu
 import quax
+from equinox.internal._loop.common import select_if_vmap_p
 from equinox.internal._noinline import noinline_p
 from equinox.internal._nontraceable import (
     nonbatchable_p,
@@ -19,6 +20,8 @@ from equinox.internal._nontraceable import (
 from equinox.internal._primitive import _combine
 
 from .._arrays.array import late_rules, materialise_or_refuse
+from .._arrays.check import aval_of
+from .kinds import become, common_kind
 from .traced import call_rule, is_ours, is_value
 
 
@@ -32,6 +35,19 @@ def _identity(primitive):
 
 for _primitive in (nonbatchable_p, nondifferentiable_backward_p, nontraceable_p):
     _identity(_primitive)
+
+
+@call_rule(select_if_vmap_p)
+def select_if_vmap(which, *cases, **params):
+    """One or the other, as a whole; so one or the other of each leaf."""
+    kind = common_kind(cases, aval_of(cases[0]))
+    why = "the two cases are different kinds of array"
+    cases = [become(x, kind, select_if_vmap_p, why) for x in cases]
+
+    def of_leaf(x, y):
+        return select_if_vmap_p.bind(which, x, y, **params)
+
+    return jtu.tree_map(of_leaf, *cases)
 
 
 def _operands(values, treedef, static) -> tuple:
@@ -76,10 +92,12 @@ def _linear_solve(primitive, values, params) -> Any:
     def on_leaves(x):
         if not (is_operator(x) and has_ours(x)):
             return x
-        tags = frozenset(tag for tag, holds in _tags(lx).items() if holds(x))
+        holds = {tag: quax.quaxify(is_so) for tag, is_so in _tags(lx).items()}
+        tags = frozenset(tag for tag, is_so in holds.items() if is_so(x))
+        structure = quax.quaxify(lambda operator: operator.in_structure())
         apply = quax.quaxify(lambda operator, vector: operator.mv(vector))
         function = lambda vector: apply(x, vector)
-        return lx.FunctionLinearOperator(function, x.in_structure(), tags)
+        return lx.FunctionLinearOperator(function, structure(x), tags)
 
     operator, state, options = jtu.tree_map(
         on_leaves, (operator, state, options), is_leaf=is_operator

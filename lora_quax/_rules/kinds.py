@@ -132,10 +132,11 @@ def _fit(delta: LowRankArray, kind: LowRankArray) -> LowRankArray:
     delta = _regroup(delta, groups(kind))
     a, b = delta.a.astype(kind.a.dtype), delta.b.astype(kind.b.dtype)
     b = scale(b, delta.scaling / kind.scaling)
-    missing = kind.rank - delta.rank
-    a_padding = [(0, missing if i == delta.n_batch else 0) for i in range(a.ndim)]
-    b_padding = [(0, missing if i == b.ndim - 1 else 0) for i in range(b.ndim)]
-    return kind.replace(a=jnp.pad(a, a_padding), b=jnp.pad(b, b_padding))
+    if missing := kind.rank - delta.rank:
+        n, last = delta.n_batch, b.ndim - 1
+        a = jnp.pad(a, [(0, missing if i == n else 0) for i in range(a.ndim)])
+        b = jnp.pad(b, [(0, missing if i == last else 0) for i in range(b.ndim)])
+    return kind.replace(a=a, b=b)
 
 
 def _regroup(delta: LowRankArray, target: Sequence[int]) -> LowRankArray:

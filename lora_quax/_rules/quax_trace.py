@@ -5,6 +5,8 @@ the trace has a method for each, or has none. A patch runs where an array of our
 among the operands; without one Quax's own method runs, if it has one.
 """
 
+import functools as ft
+import itertools as it
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +19,14 @@ from jax.interpreters.ad import Zero
 from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense
 
+from .._arrays.array import FactoredArray, refusal
 from .._compat import core, cotangents, flat_tree
-from .derivatives import cotangent_of_leaves, tangent_of
+from .derivatives import (
+    cotangent_of_leaves,
+    returned_operands,
+    tangent_of,
+    tangents_of_leaves,
+)
 from .kinds import kind_of
 from .leaves import leaf_specs
 from .traced import is_ours, is_value, plain
@@ -74,16 +82,22 @@ def _is_tracer(x) -> bool:
     return isinstance(x, _QuaxTracer)
 
 
+# A rule says of a result what holds of the whole, and nothing of its parts. Where that
+# is not asked for, since nothing is differentiated, a result may stay factored.
+
+_OF_THE_WHOLE = (
+    "what its rule says of a derivative it says of the whole, and nothing of the parts"
+)
+
+
 def _results(values, operation: str) -> list:
-    why = (
-        f"the result of a `{operation}` function must be a plain array: its rule says "
-        "something of the whole, and nothing of its parts"
-    )
-    return [plain(x, operation, why) for x in values]
-
-
-def _dense_tracers(trace: _QuaxTrace, arrays) -> list:
-    return [_QuaxTracer(trace, _dense(x)) for x in arrays]
+    """The results of a function, plain where that is allowed."""
+    return [
+        x
+        if isinstance(x, FactoredArray) and not x.allow_materialise
+        else plain(x, operation, _OF_THE_WHOLE)
+        for x in values
+    ]
 
 
 # Functions with `custom_jvp` of a weight are silently wrong in Quax: it rebuilds the
@@ -99,23 +113,60 @@ def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zer
         return _quax_custom_jvp(
             self, primitive, fun, jvp, tracers, symbolic_zeros=symbolic_zeros
         )
+    retrace = ft.partial(_retrace, self.tag, fun.call_wrapped)
+    retrace_rule = ft.partial(_retrace, self.tag, jvp.call_wrapped)
 
     @jax.custom_jvp
     def call(*values):
-        out = _retrace(self.tag, fun.call_wrapped, values)
-        return _results(out, "custom_jvp")
+        return _results(retrace(values), "custom_jvp")
 
-    def rule(values, tangents):
+    def rule(values, dots):
+        # The tangents of the leaves of each value, and from these that of the whole.
         if not symbolic_zeros:
-            tangents = jtu.tree_map(_instantiated, tangents, is_leaf=_is_symbolic)
-        args = (*values, *map(tangent_of, values, tangents))
-        out = _retrace(self.tag, jvp.call_wrapped, args)
-        out = _results(map(_instantiated, out), "custom_jvp")
-        return out[: len(out) // 2], out[len(out) // 2 :]
+            dots = jtu.tree_map(_instantiated, dots, is_leaf=_is_symbolic)
+        tangents = list(map(tangent_of, values, dots))
+        out = retrace_rule((*values, *tangents))
+        n = len(out) // 2
+        primals = _results(out[:n], "custom_jvp")
+        if any(map(is_value, primals)):
+            returned = _returned(retrace, values, out[:n])
+            tangent_rule = lambda tangents: retrace_rule((*values, *tangents))[n:]
+            returned_tangents = _returned(tangent_rule, tangents, out[n:])
+        else:
+            returned = returned_tangents = [None] * n
+        out_dots = []
+        for x, t, i, j in zip(primals, out[n:], returned, returned_tangents):
+            if not is_value(x):
+                t = plain(_instantiated(t), "custom_jvp", _OF_THE_WHOLE)
+            elif _is_symbolic(t):
+                t = jtu.tree_map(jnp.zeros_like, x)
+            elif i is not None and i == j:
+                of_leaves = tangents_of_leaves(values[i], dots[i])
+                t = jtu.tree_unflatten(jtu.tree_structure(x), of_leaves)
+            else:
+                raise refusal("custom_jvp", [x], _OF_THE_WHOLE)
+            out_dots.append(t)
+        return primals, out_dots
 
     call.defjvp(rule, symbolic_zeros=True)
     with core.set_current_trace(self.parent_trace):
-        return _dense_tracers(self, call(*_own_or_plain(self, values)))
+        out = call(*_own_or_plain(self, values))
+    return [_wrap(self, x) for x in out]
+
+
+def _returned(function, operands, results) -> list[int | None]:
+    """Which operand each result is, if the function returns one as it was given."""
+    known = [None if _is_symbolic(x) else x for x in operands]
+    given = lambda xs: [o if x is None else x for o, x in zip(operands, xs)]
+    jaxpr = jax.make_jaxpr(lambda xs: _leaves_of(function(given(xs))))(known)
+    numbers, sources = it.count(), iter(returned_operands(jaxpr))
+    of_operands = [[next(numbers) for _ in jtu.tree_leaves(x)] for x in known]
+    of_results = [[next(sources) for _ in _leaves_of([x])] for x in results]
+    return [of_operands.index(s) if s in of_operands else None for s in of_results]
+
+
+def _leaves_of(results) -> list:
+    return jtu.tree_leaves([_instantiated(x) for x in results])
 
 
 def _is_symbolic(x) -> bool:
@@ -167,21 +218,22 @@ def _process_custom_vjp_call(
         n = residual_tree.num_leaves - sum(i is not None for i in forwarded)
         new = iter(out[:n])
         residuals = [next(new) if i is None else values[i] for i in forwarded]
-        return _results(out[n:], "custom_vjp"), (values, residuals)
+        out = [plain(x, "custom_vjp", _OF_THE_WHOLE) for x in out[n:]]
+        return out, (values, residuals)
 
     def backward(saved, cts):
         values, residuals = saved
         out = _retrace(self.tag, bwd.call_wrapped, (*residuals, *cts))
-        cts = [None if isinstance(ct, Zero) else ct for ct in cotangents(out)]
-        cts = _results(cts, "custom_vjp")
+        cts = [plain(ct, "custom_vjp", _OF_THE_WHOLE) for ct in cotangents(out)]
         return tuple(
-            ct if ct is None else cotangent_of_leaves(x, ct)
+            None if ct is None or isinstance(ct, Zero) else cotangent_of_leaves(x, ct)
             for x, ct in zip(values, cts)
         )
 
     call.defvjp(forward, backward, symbolic_zeros=symbolic_zeros)
     with core.set_current_trace(self.parent_trace):
-        return _dense_tracers(self, call(*_own_or_plain(self, values)))
+        out = call(*_own_or_plain(self, values))
+    return [_wrap(self, x) for x in out]
 
 
 def _primals(primals) -> tuple[list, list[bool]]:
