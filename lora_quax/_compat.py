@@ -25,6 +25,7 @@ from jax._src.interpreters.partial_eval import (
     convert_constvars_jaxpr as _convert_constvars_jaxpr,
 )
 from jax._src.lax.lax import ragged_dot_general_p as ragged_dot_general_p
+from jax._src.lax.parallel import psum_invariant_p as psum_invariant_p
 from jax._src.pjit import reshard_p as reshard_p
 from jax.core import ShapedArray
 from jax.sharding import PartitionSpec
@@ -52,6 +53,17 @@ def partition_spec(x) -> tuple:
     if isinstance(x, jax.Array):
         return tuple(jax.typeof(x).sharding.spec)
     return (None,) * len(x.shape)
+
+
+def spec_axes(spec) -> set:
+    """The mesh axes that a partition spec names."""
+    names = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    return {name for entry in names for name in entry if name is not None}
+
+
+def varying_axes(x) -> frozenset:
+    """The manual mesh axes over which an array differs from device to device."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def shaped_array(shape, dtype, spec, *like) -> ShapedArray:

@@ -2,6 +2,7 @@
 
 from . import (
     calls as calls,
+    collectives as collectives,
     conv as conv,
     dot as dot,
     equinox_internal as equinox_internal,

@@ -1,14 +1,17 @@
-"""Calls that run what is inside them once: `jax.jit`, `jax.checkpoint`."""
+"""Calls that run what is inside them once: `jax.jit`, `jax.checkpoint`; and a barrier,
+which is a call of nothing."""
 
 import jax.tree_util as jtu
+from jax import lax
 from jax.extend.core.primitives import jit_p, remat_p
 from jax.sharding import NamedSharding
 from quax._compat import is_early_inline
 from quax._primitives import jit_quax
 
 from .._compat import detach_consts
+from .kinds import kind_of
 from .leaves import leaf_shardings
-from .traced import call, call_rule, run_call, trace_on
+from .traced import call, call_rule, is_value, run_call, trace_on
 
 
 @call_rule(jit_p, jit_quax)
@@ -31,12 +34,13 @@ def jit(
     if is_early_inline(inline):
         return call(jaxpr, args)
     new_jaxpr, out = trace_on(run_call, (args,), jaxpr)
+    kinds = list(map(kind_of, out))
     leaves = jit_p.bind(
         *jtu.tree_leaves(args),
         jaxpr=new_jaxpr,
         inline=inline,
         in_shardings=_per_leaf(args, in_shardings, _sharding_of_leaves),
-        out_shardings=_per_leaf(out, out_shardings, _sharding_of_leaves),
+        out_shardings=_per_leaf(kinds, out_shardings, _sharding_of_leaves),
         in_layouts=_per_leaf(args, in_layouts, _layout_of_leaves),
         out_layouts=_per_leaf(out, out_layouts, _layout_of_leaves),
         donated_invars=_per_leaf(args, donated_invars, _same_for_leaves),
@@ -62,7 +66,7 @@ def _sharding_of_leaves(x, sharding) -> list:
 
 def _layout_of_leaves(x, layout) -> list:
     leaves = jtu.tree_leaves(x)
-    return [layout] if leaves == [x] else [None for _ in leaves]
+    return [None for _ in leaves] if is_value(x) else [layout]
 
 
 @call_rule(remat_p)
@@ -81,3 +85,9 @@ def remat(*args, jaxpr, prevent_cse, **params):
         **params,
     )
     return jtu.tree_unflatten(jtu.tree_structure(out), leaves)
+
+
+@call_rule(lax.optimization_barrier_p)
+def optimization_barrier(*operands):
+    leaves, treedef = jtu.tree_flatten(operands)
+    return jtu.tree_unflatten(treedef, lax.optimization_barrier_p.bind(*leaves))

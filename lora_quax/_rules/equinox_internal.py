@@ -8,6 +8,7 @@ from typing import Any
 
 import equinox as eqx
 import equinox.internal as eqxi
+import jax
 import jax.tree_util as jtu
 import quax
 from equinox.internal._loop.common import select_if_vmap_p
@@ -17,9 +18,15 @@ from equinox.internal._nontraceable import (
     nondifferentiable_backward_p,
     nontraceable_p,
 )
-from equinox.internal._primitive import _combine
+from equinox.internal._primitive import _combine, _vprim_p
 
-from .._arrays.array import late_rules, materialise_or_refuse
+from .._arrays.array import (
+    FactoredArray,
+    late_rules,
+    LoraArray,
+    LowRankArray,
+    materialise_or_refuse,
+)
 from .._arrays.check import aval_of
 from .kinds import become, common_kind
 from .traced import call_rule, is_ours, is_value
@@ -73,6 +80,32 @@ def noinline(*values, treedef, static, flatten):
     transforms = [*transforms, quax.quaxify]
     out = eqxi.filter_primitive_bind(noinline_p, index, abstract_fn, transforms, args)
     return _results(out, flatten)
+
+
+@call_rule(_vprim_p)
+def vprim(*values, prim, params, **batch):
+    """A batch of such a primitive: the rule for one, mapped."""
+    axes = batch["__batch_axes"]
+    if not all(map(_can_map, values, axes)):
+        params = dict(prim=prim, params=params, **batch)
+        why = "a weight is mapped over an axis that is no batch axis of it"
+        return materialise_or_refuse(_vprim_p, values, params, why)
+
+    def bind(*values):
+        return quax.quaxify(prim.bind)(*values, **dict(params))
+
+    size, name = batch["__axis_size"], batch["__axis_name"]
+    return jax.vmap(bind, in_axes=axes, axis_size=size, axis_name=name)(*values)
+
+
+def _can_map(x, axis: int | None) -> bool:
+    """Whether all leaves of an array have the axis in one place."""
+    if axis is None or not isinstance(x, FactoredArray):
+        return True
+    parts = [x.delta, x.base] if isinstance(x, LoraArray) else [x]
+    batch = [p.n_batch > 0 for p in parts if isinstance(p, LowRankArray)]
+    rest = [p for p in parts if isinstance(p, LoraArray)]
+    return axis == 0 and all(batch) and all(_can_map(p, axis) for p in rest)
 
 
 def _linear_solve(primitive, values, params) -> Any:

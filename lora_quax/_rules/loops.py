@@ -74,13 +74,14 @@ def _settle(step: Callable, carry: Sequence, avals, primitive) -> tuple[list, tu
     while True:
         changed = False
         for i, (c, out) in enumerate(zip(carry, step(carry))):
-            given_up = i in tried and not is_value(c)
-            if alike(c, out) or given_up or not (is_value(c) or is_value(out)):
+            if not (is_value(c) or is_value(out) and i not in tried):
+                continue
+            kind = common_kind([c, out], avals[i])
+            if alike(kind, c):
                 continue
             if i in tried:
                 carry[i] = own_plain(c, primitive, _CARRY)
             else:
-                kind = common_kind([c, out], avals[i])
                 carry[i] = become(c, kind, primitive, _CARRY)
             tried.add(i)
             changed = True

@@ -9,7 +9,6 @@ import jax.tree_util as jtu
 import quax
 from jax import lax
 from jax.extend.core.primitives import (
-    all_gather_p,
     copy_p,
     device_put_p,
     name_p,
@@ -20,8 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._arrays.array import FactoredArray, LoraArray, LowRankArray
 from .._compat import pvary_p, reshard_p
-from .layout import on_factors
-from .register import linear, NotLazy, variadic
+from .register import variadic
 
 
 def _on_each_part(primitive):
@@ -32,12 +30,6 @@ def _on_each_part(primitive):
 
 for _primitive in (copy_p, name_p, stop_gradient_p, pvary_p):
     _on_each_part(_primitive)
-
-
-@variadic(lax.optimization_barrier_p)
-def optimization_barrier(*operands):
-    parts, treedef = jtu.tree_flatten(operands)
-    return jtu.tree_unflatten(treedef, lax.optimization_barrier_p.bind(*parts))
 
 
 def factor_specs(w: LowRankArray, spec) -> LowRankArray:
@@ -66,22 +58,6 @@ def _place(w: FactoredArray, sharding, bind):
 
     a, b = bind(w.a, by(specs.a)), bind(w.b, by(specs.b))
     return w.replace(a=a, b=b)
-
-
-@linear(all_gather_p)
-def all_gather(w: LowRankArray, *, all_gather_dimension, tiled, **params):
-    """Inside `shard_map`: of the factors, those that hold the axis are gathered."""
-    if not tiled:
-        raise NotLazy("an untiled `all_gather` adds an axis")
-    axes = [i == all_gather_dimension for i in range(w.ndim)]
-
-    def fn(factor, axes):
-        if True not in axes:
-            return factor
-        at = dict(all_gather_dimension=axes.index(True), tiled=True)
-        return all_gather_p.bind(factor, **at, **params)
-
-    return on_factors(w, fn, (axes, False))
 
 
 @quax.register(sharding_constraint_p)

@@ -20,7 +20,7 @@ from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense
 
 from .._arrays.array import FactoredArray, refusal
-from .._compat import core, cotangents, flat_tree
+from .._compat import core, cotangents, flat_tree, spec_axes, varying_axes
 from .derivatives import (
     cotangent_of_leaves,
     returned_operands,
@@ -248,6 +248,23 @@ def _primals(primals) -> tuple[list, list[bool]]:
 # given the partition spec of the axes that it holds.
 
 
+def _returned_by_device(x, spec, params):
+    """A weight stays factored if a leaf without a sharded axis is the same everywhere,
+    which the types say, if they are checked."""
+    if not is_ours(x):
+        return plain(x, "", "")
+    for leaf, of_leaf in zip(jtu.tree_leaves(x), leaf_specs(x, spec)):
+        if not params["check_vma"] or varying_axes(leaf) - spec_axes(of_leaf):
+            return plain(x, "shard_map", _VARIES)
+    return x
+
+
+_VARIES = (
+    "it is returned, and nothing says that a factor without the axis that is sharded is "
+    "the same on each device"
+)
+
+
 def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     values = _values(self, tracers)
     if not any(map(is_ours, values)) and _quax_shard_map is not None:
@@ -268,7 +285,7 @@ def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     def inner(*leaves):
         nonlocal kinds
         out, specs = _retrace(self.tag, run, jtu.tree_unflatten(treedef, leaves))
-        out = [x if is_ours(x) else plain(x, "", "") for x in out]
+        out = [_returned_by_device(x, spec, params) for x, spec in zip(out, specs)]
         kinds = list(map(kind_of, out))
         specs = [s for x, spec in zip(out, specs) for s in leaf_specs(x, spec)]
         return flat_tree(jtu.tree_leaves(out)).with_aux(tuple(specs))
