@@ -9,6 +9,7 @@ known of it anywhere, so that a new form of adaptation is a class of a few lines
 import abc
 import dataclasses
 import functools as ft
+from collections.abc import Callable
 from typing import Any, ClassVar, TYPE_CHECKING
 
 import equinox as eqx
@@ -142,6 +143,11 @@ class MaterialiseError(RuntimeError):
     """An operation needs the dense weight, and the array does not allow it."""
 
 
+# Rules for primitives of packages that need not be installed, by the primitive's name:
+# `rule(primitive, values, params)`.
+late_rules: dict[str, Callable] = {}
+
+
 class AdaptedArray(quax.ArrayValue):
     """An array that stands for a weight, or for the update of one, that is adapted.
 
@@ -184,6 +190,8 @@ class AdaptedArray(quax.ArrayValue):
 
     @staticmethod
     def default(primitive, values, params):
+        if (rule := late_rules.get(primitive.name)) is not None:
+            return rule(primitive, values, params)
         lowered = [lower(x) for x in values]
         if any(x is not y for x, y in zip(values, lowered)):
             return quax.quaxify(primitive.bind)(*lowered, **params)
