@@ -197,7 +197,7 @@ class LoraArray(AdaptedArray):
         return self.base if passes else frozen(self.base)
 
     def dense(self) -> Array:
-        return _sum(dense(self.frozen_base()), self.delta.lower().product())
+        return add(dense(self.frozen_base()), self.delta.lower().product())
 
     def __pdoc__(self, **kwargs):
         leaves = jax.tree.leaves(self.delta, is_leaf=lambda x: x is None)
@@ -225,18 +225,3 @@ def _wide(base, delta):
     if jnp.dtype(base.dtype).itemsize == 1:
         return delta.dtype
     return jnp.promote_types(base.dtype, delta.dtype)
-
-
-@jax.custom_jvp
-def _sum(base, delta):
-    """`base + delta`, and the base, bit for bit, where the update is zero.
-
-    For -0 + 0 is +0. The selection is not differentiated: it would cut off the gradient
-    of an update that is still zero.
-    """
-    return jnp.where(delta == 0, base, add(base, delta))
-
-
-@_sum.defjvp
-def _(primals, tangents):
-    return _sum(*primals), add(*tangents)

@@ -23,6 +23,7 @@ from .._arrays.base import (
     roles,
     with_base,
 )
+from .._arrays.lora import add, LoraArray
 from .paths import dotted, join, named
 
 
@@ -59,7 +60,7 @@ def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) ->
         once = all(seen[id(y)] == 1 for y in jax.tree.leaves(base))
         if donate and once and not is_adapted(base):
             return _run_donating(x, base)
-        return _run(dense, x)
+        return _run(x)
 
     return jax.tree.unflatten(
         treedef, [merged(x) if is_adapted(x) else x for _, x in leaves]
@@ -137,18 +138,41 @@ def _missing(x) -> Iterator[str]:
             yield field.name
 
 
-_dense_jit = eqx.filter_jit(dense)
+@jax.custom_jvp
+def _sum(base, delta):
+    """`base + delta`, and the base, bit for bit, where the update is zero.
+
+    For -0 + 0 is +0. The selection is not differentiated: it would cut off the gradient
+    of an update that is still zero.
+    """
+    return jnp.where(delta == 0, base, add(base, delta))
+
+
+@_sum.defjvp
+def _(primals, tangents):
+    return _sum(*primals), add(*tangents)
+
+
+def _merged(x):
+    """The dense array, in which a zero update leaves no trace."""
+    x = lower(x)
+    if isinstance(x, LoraArray):
+        return _sum(_merged(x.frozen_base()), x.delta.lower().product())
+    return dense(x)
+
+
+_merged_jit = eqx.filter_jit(_merged)
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _dense_donating(x, base):
-    return dense(with_base(x, base))
+def _merged_donating(x, base):
+    return _merged(with_base(x, base))
 
 
-def _run(fun, x):
+def _run(x):
     if any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x)):
-        return eqx.filter_eval_shape(fun, x)
-    return _dense_jit(x)
+        return eqx.filter_eval_shape(_merged, x)
+    return _merged_jit(x)
 
 
 def _run_donating(x, base):
@@ -156,14 +180,14 @@ def _run_donating(x, base):
     if not all(isinstance(y, jax.Array) for y in leaves) or any(
         isinstance(y, Tracer) for y in leaves
     ):
-        return _run(dense, x)
+        return _run(x)
     if isinstance(base, quax.Value):
         # Of another type than the merged weight, so it can be freed but not reused.
-        out = _dense_jit(x)
+        out = _merged_jit(x)
         for y in leaves:
             y.delete()
         return out
-    return _dense_donating(with_base(x, None), base)
+    return _merged_donating(with_base(x, None), base)
 
 
 @eqx.filter_jit

@@ -20,9 +20,10 @@ from equinox.internal._nontraceable import (
 )
 from equinox.internal._primitive import _combine, _vprim_p
 
-from .._arrays.base import is_adapted, late_rules, materialise_or_refuse
+from .._arrays.base import is_adapted, late_rules, lower_all, materialise_or_refuse
 from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
+from .._arrays.scaled import ScaledArray
 from .kinds import become, common_kind
 from .traced import call_rule, is_value
 

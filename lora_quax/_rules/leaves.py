@@ -122,7 +122,7 @@ def step_of_scan(x):
         return add(replace(x, base=base).frozen_base(), delta)
     if isinstance(x, ScaledArray):
         return replace(x, base=step_of_scan(x.base))
-    if isinstance(x, LowRankArray) and x.b.ndim - x.rows - 1 < x.n_batch:
+    if isinstance(x, LowRankArray) and x.b.ndim - x.rows < x.a.ndim - x.cols:
         row = replace(x, rows=x.rows - 1)
         return row if row.rows else row.product()
     return x

@@ -260,8 +260,8 @@ def _returned_by_device(x, spec, params):
 
 
 _VARIES = (
-    "it is returned, and nothing says that a factor without the axis that is sharded is "
-    "the same on each device"
+    "it is returned, and nothing says that a factor without the axis that is sharded "
+    "is the same on each device"
 )
 
 
