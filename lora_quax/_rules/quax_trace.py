@@ -260,7 +260,7 @@ def _returned_by_device(x, spec, params):
 
 
 _VARIES = (
-    "it is returned, and nothing says that a factor without the axis that is sharded is "
+    "it is returned, and nothing says that a factor without the sharded axis is "
     "the same on each device"
 )
 
