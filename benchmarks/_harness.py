@@ -14,7 +14,7 @@ from typing import Protocol
 import jax
 from tqdm import tqdm
 
-from ._flops import product_flops
+from ._compiled import product_flops
 from ._work import Absent, External, Measurement, Row
 
 

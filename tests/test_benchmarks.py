@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import _markdown, _plots, _report
-from benchmarks._flops import product_flops
+from benchmarks._compiled import product_flops
 from benchmarks._harness import check_agreement, measure
 from benchmarks._process import check_imports
 from benchmarks._work import Absent, Case, Claim, Measurement, Row
