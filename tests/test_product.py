@@ -9,8 +9,9 @@ import jax.random as jr
 import numpy as np
 import pytest
 import quax
-from helpers import assert_close, equations, lora
+from helpers import adapted, assert_close, densify, equations, lora
 from jax import lax
+from jax.experimental.jet import jet
 
 import lora_quax
 from benchmarks._compiled import products
@@ -54,6 +55,7 @@ TRANSFORMS = {
     "jacfwd of jacrev": lambda f: jax.jacfwd(jax.jacrev(f, 1), 0),
     "linearize": lambda f: lambda u, v: jax.linearize(f, u, v)[1](v.sum() * u, v),
     "checkpoint": lambda f: jax.grad(_cubes(jax.checkpoint(f)), (0, 1)),
+    "jet": lambda f: lambda u, v: jet(f, (u, v), ([v.sum() * u, u], [u.sum() * v, v])),
     "scan": lambda f: (
         lambda u, v: lax.scan(lambda c, _: (0.5 * c, f(c, v)), u, None, 3)
     ),
@@ -190,3 +192,21 @@ def test_contract_by_labels():
             )
         )
     } == {"thin_dot_general"}
+
+
+def test_taylor_mode_of_a_model():
+    """In its input and in its factors. The base is constant: it is frozen."""
+    mlp = eqx.nn.MLP(3, 2, 4, 2, activation=jnp.tanh, dtype=jnp.float64, key=jr.key(0))
+    model = adapted(mlp)
+    params, frozen = lora_quax.partition(model)
+    leaves, structure = jax.tree.flatten((params, jnp.arange(3.0)))
+    series = [[jnp.sin(x + 1), jnp.cos(x)] for x in leaves]
+
+    def taylor(wrap):
+        def f(*leaves):
+            params, x = structure.unflatten(leaves)
+            return wrap(eqx.combine(params, frozen))(x)
+
+        return jet(f, leaves, series)
+
+    assert_close(taylor(quax.quaxify), taylor(densify))

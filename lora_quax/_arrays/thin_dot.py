@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import jax
 import quax
 from jax import lax
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -121,6 +122,16 @@ def _batch(args, dims, *, dimension_numbers, out_sharding, **params):
     return out, out_dim
 
 
+def _taylor(primals, series, **params):
+    """Of two Taylor series, by Cauchy's product: term k sums `u_j · v_{k-j}`."""
+    u, v = ([x, *terms] for x, terms in zip(primals, series))
+    out = [
+        sum(thin_dot_general_p.bind(u[j], v[k - j], **params) for j in range(k + 1))
+        for k in range(len(u))
+    ]
+    return out[0], out[1:]
+
+
 def _labels(u, v, dimension_numbers):
     """Names for the axes of both operands and of the result; shared where paired."""
     ((u_contract, v_contract), (u_batch, v_batch)) = dimension_numbers
@@ -193,6 +204,7 @@ mlir.register_lowering(
 )
 ad.defbilinear(thin_dot_general_p, _transpose_u, _transpose_v)
 batching.primitive_batchers[thin_dot_general_p] = _batch
+jet.jet_rules[thin_dot_general_p] = _taylor
 
 
 def thin_dot_general(
