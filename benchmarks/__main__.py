@@ -21,6 +21,7 @@ from .cases import all_cases
 
 
 RESULTS = Path(__file__).parent / "results"
+README = RESULTS.parents[1] / "README.md"
 
 
 def _at_least(least: int):
@@ -116,6 +117,8 @@ def main() -> None:
         names = [case.name for case in cases]
         path = _markdown.write(arguments.results, names, plots)
         console.print(f"All results: {path}")
+        if path.parent == RESULTS:
+            _markdown.into_readme(README, _markdown.readme_table(RESULTS))
 
 
 def _start_runs(runs: int) -> None:

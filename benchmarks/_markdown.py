@@ -1,5 +1,6 @@
-"""The results as a page to read, written from the files of results."""
+"""The results as a page to read, and as the table in README; from the files of them."""
 
+import re
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from . import _results
 from ._report import digits
 from ._results import Spread
+from ._work import STRICT
 
 
 def write(folder: Path, names: Iterable[str], plots: Iterable[Path]) -> Path:
@@ -102,3 +104,46 @@ def _rows(result: dict[str, Any], point: str) -> Iterator[str]:
             figure = column[name]
             cells.append("" if figure is None else f"{figure.middle:{form}}")
         yield f"| {' | '.join(cells)} |"
+
+
+def readme_table(folder: Path) -> list[str]:
+    """A training step in float32, with one in bfloat16 beside it."""
+    step, narrow = (
+        _results.read(folder / f"{name}.json") for name in ("transformer", "bfloat16")
+    )
+    strict = _results.over(step, "step", STRICT)
+    in_bfloat16 = _results.over(narrow, "step")
+    memory, flops = (
+        _results.figures(step, "step", FIGURES[name][0])
+        for name in ("temp. MB", "GFLOP")
+    )
+    lines = [
+        "| | ÷ frozen | runs | ÷ strict floor | bfloat16 ÷ frozen | runs "
+        "| temporary MB | GFLOP |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, ratio in _results.over(step, "step").items():
+        cells = [
+            name,
+            *_with_range(ratio),
+            _with_range(strict[name])[0],
+            *_with_range(in_bfloat16.get(name)),
+            *(
+                f"{known.middle:.1f}" if (known := figure[name]) else ""
+                for figure in (memory, flops)
+            ),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _with_range(ratio: Spread | None) -> tuple[str, str]:
+    return ("", "") if ratio is None else (f"{ratio.middle:.2f}", str(ratio))
+
+
+def into_readme(path: Path, table: list[str]) -> None:
+    """Puts the table in the place of the one in README's section on speed."""
+    before, heading, after = path.read_text().partition("## Speed\n")
+    lines = "\n".join(table) + "\n"
+    after = re.sub(r"(?:^\|.*\n)+", lambda _: lines, after, count=1, flags=re.M)
+    path.write_text(before + heading + after)
