@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 
-from .._arrays.base import lower, materialise_or_refuse, replace
+from .._arrays.base import dense, lower, materialise_or_refuse, replace
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray, times
@@ -362,3 +362,18 @@ def into_parts(w: ScaledArray):
     except NotLazy:
         pass
     return w
+
+
+def _among_others(primitive):
+    """Registers an operation that puts numbers beside those of the array, or adds to
+    them. These are not scaled, so that the scale is multiplied out, as in a join."""
+
+    @on(primitive)
+    def _(w: ScaledArray, *rest, **params):
+        parts = into_parts(w)
+        parts = dense(parts) if isinstance(parts, ScaledArray) else parts
+        return quax.quaxify(primitive.bind)(parts, *rest, **params)
+
+
+for _primitive in (lax.pad_p, lax.dynamic_update_slice_p, lax.scatter_add_p):
+    _among_others(_primitive)
