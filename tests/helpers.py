@@ -274,7 +274,7 @@ def _scan_carry(params) -> tuple[int, int]:
 
 
 def _marks_out(run, eqn, sub, inputs) -> list:
-    """The marks of the results of a jaxpr inside an equation, a loop's until settled."""
+    """The marks of what an inner jaxpr returns; a loop's, until they settle."""
     marks = inputs[len(inputs) - len(sub.invars) :]
     if str(eqn.primitive) == "scan":
         start, n = _scan_carry(eqn.params)

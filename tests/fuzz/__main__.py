@@ -18,7 +18,7 @@ from helpers import KINDS  # noqa: E402
 from .search import Report, search  # noqa: E402
 
 
-_CHUNK = 100
+_CHUNK = 50
 
 
 def main() -> int:
@@ -36,24 +36,26 @@ def main() -> int:
     with cf.ProcessPoolExecutor(
         options.jobs, mp_context=spawn, max_tasks_per_child=10
     ) as pool:
-        chunks = range(0, options.programs, _CHUNK)
-        tasks = [
-            pool.submit(
-                search,
-                min(_CHUNK, options.programs - first),
+        waiting = list(range(0, options.programs, _CHUNK))[::-1]
+        running: set[cf.Future] = set()
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                first = waiting.pop()
+                n = min(_CHUNK, options.programs - first)
                 # Any two seeds have no chunk in common.
-                seed * 10**6 + first,
-                options.kind,
-            )
-            for first in chunks
-        ]
-        for task in cf.as_completed(tasks):
-            known = len(report.failures)
-            report.add(task.result())
-            for failure in report.failures[known:]:
-                print(f"\nFAILED: {failure.error}\n\n{failure.program}", flush=True)
-            seconds = time.monotonic() - start
-            print(f"[{seconds:.0f} s] {report.outcomes.total()} programs", flush=True)
+                own_seed = seed * 10**6 + first
+                known = report.failures
+                running.add(pool.submit(search, n, own_seed, options.kind, known))
+            done, running = cf.wait(running, return_when=cf.FIRST_COMPLETED)
+            for task in done:
+                n_known = len(report.failures)
+                report.add(task.result())
+                for failure in report.failures[n_known:]:
+                    print(f"\nFAILED: {failure.error}\n\n{failure.program}", flush=True)
+                seconds = time.monotonic() - start
+                print(
+                    f"[{seconds:.0f} s] {report.outcomes.total()} programs", flush=True
+                )
     total = report.outcomes.total()
     for outcome, count in report.outcomes.most_common():
         print(f"{count:6} {count / total:6.1%}  {outcome}")

@@ -13,7 +13,7 @@ from lora_quax import LoraArray
 
 # The kinds of which the base can train: `stop_gradient` is given on to the array.
 TRAINABLE = ("lora", "on_scaled")
-# The kinds that cannot be stacked leaf by leaf: the base has a scale, which is a scalar.
+# The kinds that cannot be stacked leaf by leaf: the base has a scale of one number.
 UNSTACKED = ("on_scaled",)
 # The kinds of which one leaf follows from others, and so cannot be filled at random.
 DERIVED: tuple[str, ...] = ()

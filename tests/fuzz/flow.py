@@ -34,6 +34,8 @@ FLOWS = {
 }
 # These differentiate: what they compute from a weight alone is not a dense weight.
 ADJOINTS = {"grad", "jvp", "linearize", "vjp"}
+# These run `g` on two weights.
+DOUBLES = {"scan over weights", "vmap of weights"}
 # Only forward: JAX does not take the gradient of a loop of unknown length.
 ONLY_FORWARD = {
     "while_loop": "lax.while_loop(lambda c: c[0] < 2, "

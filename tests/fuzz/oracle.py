@@ -6,7 +6,6 @@ and the bases, of which those that are frozen have a gradient of zero.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -6,6 +6,7 @@ def f(w, x0): return g(w, x0)      # or in a loop, a branch, a transformation
 verify(f, [Weight(...), Input(...)], transform="Q(vmap f)")
 """
 
+import math
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
@@ -14,7 +15,7 @@ from hypothesis import reject
 
 from .arrays import Input, TRAINABLE, UNSTACKED, Weight
 from .drawing import Draft, NAMES
-from .flow import ADJOINTS, FLOWS, ONLY_FORWARD
+from .flow import ADJOINTS, DOUBLES, FLOWS, ONLY_FORWARD
 from .oracle import verify
 from .steps import step
 from .uses import use
@@ -93,7 +94,9 @@ def programs(draw, kind: str | None = None):
         options["derivative"] = derivative
     if d.casts:
         options["casts"] = d.casts
-    if not d.formed_nothing or flow in ADJOINTS or "grad" in transform:
+    looked_up = d.looked_up * (1 + (flow in DOUBLES)) * (1 + ("weights" in transform))
+    adjoint = flow in ADJOINTS or "grad" in transform
+    if adjoint or looked_up >= math.prod(weight.shape):
         options["formed_nothing"] = False
     written = "".join(f", {name}={value!r}" for name, value in options.items())
     return Program(functions, f"verify(f, {arrays!r}{written})")

@@ -13,7 +13,7 @@ from .programs import Program, programs
 
 
 # Of one failure, how many smaller programs are tried.
-_ATTEMPTS = 150
+_ATTEMPTS = 80
 
 
 @dataclass
@@ -50,10 +50,16 @@ def _failure(program: Program, error: Exception) -> Failure:
     return Failure(str(program), message, kind)
 
 
-def search(n: int, seed: int, kind: str | None = None) -> Report:
-    """Runs `n` programs drawn from a seed, in this process."""
+def search(
+    n: int, seed: int, kind: str | None = None, known: Sequence[Failure] = ()
+) -> Report:
+    """Runs `n` programs drawn from a seed, in this process.
+
+    A program that fails as one that is `known` does, and contains it, is counted and
+    not shrunk.
+    """
     jax.config.update("jax_enable_x64", True)
-    report = Report()
+    report = Report(failures=list(known))
     attempt = 0
     while (left := n - report.outcomes.total()) > 0:
         failure = _until_one_fails(left, (seed, attempt), kind, report)
@@ -65,12 +71,18 @@ def search(n: int, seed: int, kind: str | None = None) -> Report:
     return report
 
 
+class _Enough(BaseException):
+    """Ends the shrinking of a program. (Of an `Exception`, hypothesis would make one
+    more failure.)"""
+
+
 def _until_one_fails(
     n: int, seed: Sequence[int], kind: str | None, report: Report
 ) -> Failure | None:
     """Draws programs until one fails in a way that is not known; that one, shrunk."""
     results: dict[str, Failure | None] = {}
     failed: list[Failure] = []
+    attempts = 0
 
     @hypothesis.seed(hash(tuple(seed)))
     @hypothesis.settings(
@@ -84,24 +96,23 @@ def _until_one_fails(
     )
     @hypothesis.given(programs(kind))
     def run(program):
+        nonlocal attempts
         text = str(program)
         if text not in results:
-            # What is not tried is taken to be right: then it is not the smallest.
-            results[text] = None
-            if len(failed) < 1 or len(results) < failed_at[0] + _ATTEMPTS:
-                results[text] = _outcome(program, report, shrinking=bool(failed))
+            attempts += bool(failed)
+            if attempts > _ATTEMPTS:
+                raise _Enough
+            results[text] = _outcome(program, report, shrinking=bool(failed))
         failure = results[text]
         if failure is not None:
-            if not failed:
-                failed_at.append(len(results))
             failed.append(failure)
             raise AssertionError(failure.kind)
 
-    failed_at: list[int] = []
     try:
         run()
-    except AssertionError:
-        return failed[-1]
+    except (AssertionError, _Enough):
+        # The smallest, which is not always the last.
+        return min(failed, key=lambda failure: len(failure.program))
     return None
 
 

@@ -116,8 +116,8 @@ def conv(d: Draft):
     )
 
 
-# Lookups. What they give is an activation, or a weight still: whole matrices of a stack,
-# or columns of all rows. Contracted with an input, it is a number in either case.
+# Lookups. What they give is an activation, or a weight still: whole matrices of a
+# stack, for one. Contracted with an input, it is a number in either case.
 
 
 def _ids(d: Draft, n: int, low: int = 0, count: int = 2) -> str:
@@ -133,8 +133,7 @@ def _shape(d: Draft, expression: str) -> tuple[int, ...]:
 
 def _looked_up(d: Draft, expression: str) -> str:
     shape = _shape(d, expression)
-    if math.prod(shape) >= math.prod(d.arguments["w"].shape):
-        d.formed_nothing = False
+    d.looked_up = max(d.looked_up, math.prod(shape))
     if d.integer(0, 3) == 0:
         return f"{expression} * {d.input(())}"
     return f"jnp.tensordot({expression}, {d.input(shape)}, {len(shape)})"
@@ -228,7 +227,7 @@ def batched_gather(d: Draft):
 
 def by_input(d: Draft):
     """An index that is computed, and so traced."""
-    return f"w[jnp.argmax({d.input((d.shape[0],))})] * {d.input(())}"
+    return _looked_up(d, f"w[jnp.argmax({d.input((d.shape[0],))})]")
 
 
 # Sums, and the weight itself.
@@ -241,7 +240,7 @@ def reduce_sum(d: Draft):
 
 def scan_over(d: Draft):
     """Slices of the first axis, one in each step. Rows are activations, and dense."""
-    d.formed_nothing = False
+    d.looked_up = math.prod(d.shape)
     return f"lax.scan(lambda c, r: (c + r.sum(), 2 * r), {d.input(())}, w)[0]"
 
 
