@@ -1,3 +1,11 @@
+"""How the tests are run: flags of JAX, the order, seeds, and what is switched on.
+
+Of the environment, `ORDER_SEED` sets the order in which programs are run, `GETKEY_SEED`
+and `FUZZ_SEED` what is drawn. `LORA_QUAX_CANARY` is a list, with commas, of what JAX
+and Quax may do next: `jax_remat3` and other flags of JAX, or `leafwise_custom_vjp`.
+"""
+
+import importlib
 import os
 import random
 
@@ -10,6 +18,7 @@ _flags = (
 )
 os.environ["XLA_FLAGS"] = f"{_flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
+import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
@@ -17,11 +26,42 @@ import pytest  # noqa: E402
 # The annotations of shapes and types are checked whenever a function is called.
 jaxtyping.install_import_hook("lora_quax", "beartype.beartype")
 
+# What is coming is there before lora_quax is imported, as if it had always been.
+CANARY = [name for name in os.environ.get("LORA_QUAX_CANARY", "").split(",") if name]
+for _name in CANARY:
+    if _name.startswith("jax_"):
+        jax.config.update(_name, True)
+    else:
+        importlib.import_module(_name).install()
+
+# Set here, they are the same in every process of pytest-xdist.
+for _name in ("ORDER_SEED", "FUZZ_SEED"):
+    os.environ.setdefault(_name, str(random.randrange(10**6)))
+_ORDER = f"ORDER_SEED={os.environ['ORDER_SEED']}"
+
+
+def pytest_report_header():
+    return [
+        "all of it takes about ten minutes on two cores, and -m 'not slow' four",
+        f"programs run in the order of {_ORDER}",
+        f"canary: {', '.join(CANARY) or 'none'}",
+    ]
+
+
+_PROGRAMS = ("test_canary", "test_more_programs", "test_programs", "test_rules")
+
+
+def pytest_collection_modifyitems(items):
+    """One program must not change what another one does, in whatever order they run."""
+    places = [i for i, item in enumerate(items) if item.path.stem in _PROGRAMS]
+    programs = [items[i] for i in places]
+    random.Random(os.environ["ORDER_SEED"]).shuffle(programs)
+    for i, item in zip(places, programs):
+        items[i] = item
+
 
 @pytest.fixture
 def x64():
-    import jax
-
     with jax.enable_x64(True):
         yield
 
@@ -38,10 +78,8 @@ class _GetKey:
         return f"getkey(seed={self.seed})"
 
     def __call__(self):
-        import jax.random as jr
-
         self.calls += 1
-        return jr.fold_in(jr.key(self.seed), self.calls)
+        return jax.random.fold_in(jax.random.key(self.seed), self.calls)
 
 
 @pytest.fixture
@@ -55,6 +93,8 @@ def pytest_runtest_makereport(item, call):
     get = getattr(item, "funcargs", {}).get("getkey")
     if get is not None and report.failed:
         report.sections.append(("random keys", repr(get)))
+    if item.path.stem in _PROGRAMS and report.failed:
+        report.sections.append(("order of the programs", _ORDER))
     return report
 
 
@@ -69,6 +109,4 @@ def pytest_runtest_teardown(item):
     del item
     _finished += 1
     if _finished % _TESTS_PER_CACHE == 0:
-        import jax
-
         jax.clear_caches()

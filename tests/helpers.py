@@ -185,13 +185,17 @@ class Transform(NamedTuple):
     def arguments(self, args):
         half = lambda leaf: leaf * 0.5 if eqx.is_inexact_array(leaf) else leaf
         twice = lambda x: jtu.tree_map(half, x)
-        flags = self.batch + (self.batch[-1:] or (False,)) * (len(args) - 2)
-        flags = flags or (False,) * len(args)
+        flags = _flags(self.batch or (False,), len(args))
         return [_stack(x, twice(x)) if f else x for x, f in zip(args, flags)]
 
 
+def _flags(batch, n):
+    """One for each of `n` arguments: the last one serves for all that follow."""
+    return (*batch, *batch[-1:] * (n - len(batch)))
+
+
 def _axes(batch, n):
-    return tuple(0 if f else None for f in (*batch, *batch[-1:] * (n - 2)))
+    return tuple(0 if f else None for f in _flags(batch, n))
 
 
 def _mapped(inside: bool, *batch):
@@ -271,6 +275,31 @@ def equations(jaxpr):
             yield from equations(sub)
 
 
+def _scan_carry(params) -> tuple[int, int]:
+    """Where the carry of a `scan` starts among its operands, and how many it has."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # JAX 0.12.
+    return len(consts), len(carry)
+
+
+def _marks_out(run, eqn, sub, inputs) -> list:
+    """The marks of what an inner jaxpr returns; a loop's, until they settle."""
+    marks = inputs[len(inputs) - len(sub.invars) :]
+    if str(eqn.primitive) == "scan":
+        start, n = _scan_carry(eqn.params)
+    elif str(eqn.primitive) == "while" and len(sub.outvars) == len(eqn.outvars):
+        start, n = eqn.params["body_nconsts"], len(eqn.outvars)
+    else:
+        return run(sub, marks)
+    while True:
+        out = run(sub, marks)
+        carry = [old | new for old, new in zip(marks[start : start + n], out)]
+        if carry == marks[start : start + n]:
+            return out
+        marks = [*marks[:start], *carry, *marks[start + n :]]
+
+
 def formed(program: Callable, args) -> list[str]:
     """Equations that form the dense update of the first of `args`, a factored array.
 
@@ -294,7 +323,7 @@ def formed(program: Callable, args) -> list[str]:
     marks = jtu.tree_leaves(marks, is_leaf=lambda x: isinstance(x, frozenset))
     found: list[str] = []
 
-    def run(jaxpr, marks):
+    def run(jaxpr, marks) -> list:
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
         env: dict[Any, frozenset] = {}
         read = lambda v: (
@@ -304,11 +333,9 @@ def formed(program: Callable, args) -> list[str]:
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
             outputs = [frozenset().union(*inputs)] * len(eqn.outvars)
-            for sub in _subjaxprs(eqn):
-                n = len(sub.invars)
-                inside = run(sub, inputs[len(inputs) - n :])
-                if str(eqn.primitive) in ("jit", "pjit"):
-                    outputs = inside
+            inside = [_marks_out(run, eqn, sub, inputs) for sub in _subjaxprs(eqn)]
+            if inside and all(len(marks) == len(outputs) for marks in inside):
+                outputs = [frozenset().union(*marks) for marks in zip(*inside)]
             for v, mark in zip(eqn.outvars, outputs):
                 # Whether a factor is finite says nothing of its numbers.
                 mark = frozenset() if v.aval.dtype == bool else mark

@@ -1,0 +1,18 @@
+"""A few hundred random programs, others in every run. See `fuzz` for many."""
+
+import os
+
+import pytest
+from fuzz.search import search
+
+
+_SEED = int(os.environ["FUZZ_SEED"])
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_random_programs(part):
+    report = search(40, _SEED + part)
+    said = "\n".join(f"{f.error}\n\n{f.program}" for f in report.failures)
+    assert not report.failures, f"with FUZZ_SEED={_SEED}:\n{said}"
+    # Most are accepted; else little would be tested.
+    assert report.outcomes["right"] > 0.5 * report.outcomes.total()
