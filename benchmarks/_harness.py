@@ -14,29 +14,32 @@ from typing import Protocol
 import jax
 from tqdm import tqdm
 
-from ._flops import product_flops
+from ._compiled import product_flops
 from ._work import Absent, External, Measurement, Row
-
-
-WARM_UP = 3
 
 
 class Runner(Protocol):
     """A row that is ready to be timed."""
 
     measurement: Measurement
+    warm_up: int  # How many steps are taken first.
 
     def step(self) -> tuple[float, float]:
         """Takes a step, and returns its time and its check."""
         ...
 
 
+# Steps of Adam before anything is timed. The first compares the models, the others
+# compare their gradients.
+CHECKED = 3
+
+
 class Compiled:
     """A compiled row, and the state it has reached."""
 
+    warm_up = CHECKED
+
     def __init__(self, row: Row):
-        # So that no row finds what another one has traced.
-        jax.clear_caches()
         start = time.perf_counter()
         traced = jax.jit(row.step, donate_argnums=0).trace(row.state, row.fixed)
         after_trace = time.perf_counter()
@@ -76,6 +79,8 @@ class Compiled:
 class Remote:
     """A row in another process, which says itself how long a step took."""
 
+    warm_up = CHECKED
+
     def __init__(self, row: External):
         self.process = row.start()
         self.measurement = Measurement(
@@ -86,6 +91,8 @@ class Remote:
 
 class Traced:
     """A row that is traced and lowered anew every time, as in a fresh process."""
+
+    warm_up = 1
 
     def __init__(self, row: Row):
         self.row = row
@@ -116,6 +123,8 @@ class Recompiled(Traced):
 class Called:
     """A row that is a call from Python, as it is."""
 
+    warm_up = 1
+
     def __init__(self, row: Row):
         self.row = row
         self.measurement = Measurement(row.name, dict(row.facts))
@@ -143,6 +152,7 @@ def measure(
     rounds: int,
     kind: str = "run",
     rtol: float = 1e-5,
+    cold: bool = True,
 ) -> list[Measurement]:
     """Compiles every row, checks that they agree, and times them, interleaved.
 
@@ -153,6 +163,8 @@ def measure(
     - `kind`: what is timed: `"run"`, a compiled step; `"trace"`, tracing and lowering
         it; `"compile"`, compiling it; `"call"`, a call that is not compiled.
     - `rtol`: within which the checks of adapted rows are to agree.
+    - `cold`: whether JAX forgets before each row what it has traced for others. Times
+        to trace and to lower are true only then.
 
     **Raises:** `RuntimeError` if the rows with `adapted` set do not compute the same.
     """
@@ -160,6 +172,8 @@ def measure(
     runners = []
     with contextlib.ExitStack() as stack:
         for row in tqdm(present, "compiling", leave=False):
+            if cold:
+                jax.clear_caches()
             runners.append(_prepare(row, kind))
             if isinstance(runners[-1], Remote):
                 stack.enter_context(runners[-1].process)
@@ -169,7 +183,7 @@ def measure(
 
 def _time(runners: list[Runner], rows: list[Row | External], rounds: int, rtol: float):
     for runner in tqdm(runners, "warming up", leave=False):
-        runner.measurement.checks = [runner.step()[1] for _ in range(WARM_UP)]
+        runner.measurement.checks = [runner.step()[1] for _ in range(runner.warm_up)]
     adapted = [r.measurement for r, row in zip(runners, rows) if row.adapted]
     check_agreement(adapted, rtol)
     order = random.Random(0)

@@ -1,18 +1,21 @@
-"""The results as a page to read, written from the files of results."""
+"""The results as a page to read, and as the table in README; from the files of them."""
 
-import json
+import re
 import statistics
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import _results
 from ._report import digits
+from ._results import Spread
+from ._work import STRICT
 
 
 def write(folder: Path, names: Iterable[str], plots: Iterable[Path]) -> Path:
     """A page of all the results in a folder, in the order of `names`."""
     found = [folder / f"{name}.json" for name in names]
-    results = [json.loads(path.read_text()) for path in found if path.exists()]
+    results = [_results.read(path) for path in found if path.exists()]
     path = folder / "README.md"
     path.write_text("\n".join(_page(results, plots)) + "\n")
     return path
@@ -23,12 +26,14 @@ def _page(results: list[dict[str, Any]], plots: Iterable[Path]) -> Iterator[str]
     yield ""
     yield "Written by `python -m benchmarks`, as are the files beside this one, which"
     yield "hold every single time, and the versions and the machine it was taken on."
+    yield "A figure is the median of several runs; beside it stand the least and the"
+    yield "greatest."
     yield ""
-    yield "| claim | at most | measured | |"
-    yield "|---|---|---|---|"
+    yield "| claim | at most | measured | runs | |"
+    yield "|---|---|---|---|---|"
     for result in results:
-        for claim in result["claims"]:
-            yield _claim(claim)
+        for claim in _results.claims(result):
+            yield _claim(*claim)
     for plot in plots:
         yield ""
         yield f"![{plot.stem}]({plot.name})"
@@ -36,53 +41,109 @@ def _page(results: list[dict[str, Any]], plots: Iterable[Path]) -> Iterator[str]
         yield from _case(result)
 
 
-def _claim(claim: dict[str, Any]) -> str:
-    value, bound = claim["value"], claim["bound"]
+def _claim(text: str, bound: float | None, measured: Spread | None) -> str:
     asked = "" if bound is None else digits(bound)
-    missed = None not in (value, bound) and not value <= bound
-    cells = [claim["text"], asked, digits(value), "**missed**" if missed else ""]
+    if measured is None:
+        return f"| {text} | {asked} | not measured | | |"
+    missed = bound is not None and not measured.middle <= bound
+    cells = [
+        text,
+        asked,
+        digits(measured.middle),
+        f"{digits(measured.low)}–{digits(measured.high)}",
+        "**missed**" if missed else "",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
 def _case(result: dict[str, Any]) -> Iterator[str]:
-    facts, rounds = result["facts"], result["rounds"]
+    runs = result["runs"]
+    facts = runs[0]["facts"]
     packages = facts["packages"]
     yield ""
     yield f"## {result['title']}"
     yield ""
     yield (
-        f"{rounds} rounds, {facts['cores']} cores ({facts['processor']}), "
-        f"Python {facts['python']}, JAX {packages['jax']}."
+        f"{len(runs)} runs of {runs[0]['rounds']} rounds, {facts['cores']} cores "
+        f"({facts['processor']}), Python {facts['python']}, JAX {packages['jax']}."
     )
-    for name, why in result["absent"].items():
+    for name, why in runs[0]["absent"].items():
         yield f"Left out: {name} ({why})."
     yield ""
-    yield from _rows(result["points"])
-
-
-def _rows(points: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    yield "| | | ÷ first | quartiles | ms | temp. MB | GFLOP | trace + lower, ms |"
+    yield "| | | ÷ first | runs | ms | temp. MB | GFLOP | trace + lower, ms |"
     yield "|---|---|---|---|---|---|---|---|"
-    for point, rows in points.items():
-        for row in rows:
-            yield _row(point, row, rows[0])
+    for point in runs[0]["points"]:
+        yield from _rows(result, point)
 
 
-def _row(point: str, row: dict[str, Any], first: dict[str, Any]) -> str:
-    ratios = [x / y for x, y in zip(row["times"], first["times"])]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    cells = [
-        point,
-        row["name"],
-        f"{middle:.2f}",
-        f"{low:.2f}–{high:.2f}",
-        f"{1e3 * statistics.median(row['times']):.1f}",
-        *("", "", ""),
+# Figures of a row, in the order of the columns; `None` where they are not known.
+FIGURES = {
+    "ms": (lambda row: 1e3 * statistics.median(row["times"]), ".1f"),
+    "temp. MB": (lambda row: _scaled(row["temporary_memory"], 1e-6), ".1f"),
+    "GFLOP": (lambda row: _scaled(row["flops"], 1e-9), ".2f"),
+    "trace + lower, ms": (
+        lambda row: row["flops"] and 1e3 * (row["trace_time"] + row["lower_time"]),
+        ".0f",
+    ),
+}
+
+
+def _scaled(figure: float | None, by: float) -> float | None:
+    return None if figure is None else by * figure
+
+
+def _rows(result: dict[str, Any], point: str) -> Iterator[str]:
+    columns = [
+        (_results.figures(result, point, figure), form)
+        for figure, form in FIGURES.values()
     ]
-    if row["flops"] is not None:
-        cells[-3:] = (
-            f"{row['temporary_memory'] / 1e6:.1f}",
-            f"{row['flops'] / 1e9:.2f}",
-            f"{1e3 * (row['trace_time'] + row['lower_time']):.0f}",
-        )
-    return f"| {' | '.join(cells)} |"
+    for name, ratio in _results.over(result, point).items():
+        assert ratio is not None
+        cells = [point, name, f"{ratio.middle:.2f}", str(ratio)]
+        for column, form in columns:
+            figure = column[name]
+            cells.append("" if figure is None else f"{figure.middle:{form}}")
+        yield f"| {' | '.join(cells)} |"
+
+
+def readme_table(folder: Path) -> list[str]:
+    """A training step in float32, with one in bfloat16 beside it."""
+    step, narrow = (
+        _results.read(folder / f"{name}.json") for name in ("transformer", "bfloat16")
+    )
+    strict = _results.over(step, "step", STRICT)
+    in_bfloat16 = _results.over(narrow, "step")
+    memory, flops = (
+        _results.figures(step, "step", FIGURES[name][0])
+        for name in ("temp. MB", "GFLOP")
+    )
+    lines = [
+        "| | ÷ frozen | runs | ÷ strict floor | bfloat16 ÷ frozen | runs "
+        "| temporary MB | GFLOP |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, ratio in _results.over(step, "step").items():
+        cells = [
+            name,
+            *_with_range(ratio),
+            _with_range(strict[name])[0],
+            *_with_range(in_bfloat16.get(name)),
+            *(
+                f"{known.middle:.1f}" if (known := figure[name]) else ""
+                for figure in (memory, flops)
+            ),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _with_range(ratio: Spread | None) -> tuple[str, str]:
+    return ("", "") if ratio is None else (f"{ratio.middle:.2f}", str(ratio))
+
+
+def into_readme(path: Path, table: list[str]) -> None:
+    """Puts the table in the place of the one in README's section on speed."""
+    before, heading, after = path.read_text().partition("## Speed\n")
+    lines = "\n".join(table) + "\n"
+    after = re.sub(r"(?:^\|.*\n)+", lambda _: lines, after, count=1, flags=re.M)
+    path.write_text(before + heading + after)

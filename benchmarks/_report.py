@@ -2,11 +2,10 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 
 import lora_quax
 
+from . import _results
 from ._work import Case, Claim, cores, Measurement, Point
 
 
@@ -120,48 +120,52 @@ def evaluate(result: Result) -> list[tuple[Claim, float | None]]:
     return [(claim, claim.value(result.points)) for claim in result.case.claims]
 
 
-def claims(result: Result) -> Table:
-    """What is claimed, what was asked and what was measured."""
-    out = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for header in ("claim", "at most", "measured"):
+def claims(title: str, claimed: Iterable[tuple]) -> Table:
+    """What is claimed, what was asked, and what was measured in one run or several."""
+    out = Table(title=title, box=SIMPLE, padding=(0, 1, 0, 0))
+    for header in ("claim", "at most", "measured", "runs"):
         out.add_column(header, justify="left" if header == "claim" else "right")
-    for claim, value in evaluate(result):
-        bound = "" if claim.bound is None else digits(claim.bound)
-        colour = "green"
-        if value is not None and claim.bound is not None and not value <= claim.bound:
-            colour = "red"
-        out.add_row(claim.text, bound, f"[{colour}]{digits(value)}[/{colour}]")
+    for text, bound, measured in claimed:
+        asked = "" if bound is None else digits(bound)
+        if measured is None:
+            out.add_row(text, asked, "not measured", "")
+            continue
+        missed = bound is not None and not measured.middle <= bound
+        colour = "red" if missed else "green"
+        figure = f"[{colour}]{digits(measured.middle)}[/{colour}]"
+        runs = f"{digits(measured.low)}–{digits(measured.high)}"
+        out.add_row(text, asked, figure, runs)
     return out
 
 
-def digits(x: float | None) -> str:
+def digits(x: float) -> str:
     """Three digits or so, as the tables and README give a figure."""
-    if x is None:
-        return "not measured"
     return f"{x:.0f}" if x == 0 or abs(x) >= 100 else f"{x:#.3g}"
 
 
-def save(folder: Path, result: Result, facts: dict[str, Any]) -> Path:
-    """Everything, each single time included, as JSON. Returns the file."""
-    case = result.case
-    content = dict(
+def save(folder: Path, result: Result, facts: dict[str, Any], fresh: bool) -> Path:
+    """Everything, each single time included, beside the runs that are there already.
+
+    **Arguments:**
+
+    - `fresh`: whether to begin anew.
+
+    **Returns:** the file, of JSON.
+    """
+    case, evaluated = result.case, evaluate(result)
+    run = dict(
         case=case.name,
         title=case.title,
+        claims=[dict(text=claim.text, bound=claim.bound) for claim, _ in evaluated],
         rounds=result.rounds,
         facts=facts,
-        claims=[
-            dict(text=claim.text, bound=claim.bound, value=value)
-            for claim, value in evaluate(result)
-        ],
+        absent=result.absent,
+        claimed={claim.text: value for claim, value in evaluated},
         points={
             point: [dataclasses.asdict(m) for m in rows.values()]
             for point, rows in result.points.items()
         },
-        absent=result.absent,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{case.name}.json"
-    path.write_text(
-        json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    _results.add(path, run, fresh)
     return path

@@ -27,6 +27,7 @@ class Size:
 
 
 BASE = Size()
+MANY = Size(batch=8, tokens=512)
 SIZES = {
     "small": Size(layers=2, width=256),
     "base": BASE,

@@ -1,12 +1,16 @@
 """Low-rank adaptation for Equinox, as an array."""
 
 from . import _rules as _rules, init as init, peft as peft
-from ._arrays.array import (
-    LoraArray as LoraArray,
-    LowRankArray as LowRankArray,
+from ._arrays.base import (
+    AbstractDelta as AbstractDelta,
+    AdaptedArray as AdaptedArray,
     MaterialiseError as MaterialiseError,
+    role as role,
 )
 from ._arrays.full import FullArray as FullArray
+from ._arrays.lora import LoraArray as LoraArray
+from ._arrays.low_rank import LowRankArray as LowRankArray
+from ._arrays.scaled import ScaledArray as ScaledArray
 from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_adapter
 from ._disk.files import AdapterError as AdapterError
 from ._model.loraify import loraify as loraify
@@ -25,12 +29,15 @@ from ._model.training import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "AbstractDelta",
     "Adapt",
+    "AdaptedArray",
     "AdapterError",
     "FullArray",
     "LoraArray",
     "LowRankArray",
     "MaterialiseError",
+    "ScaledArray",
     "filter_grad",
     "filter_value_and_grad",
     "init",
@@ -40,6 +47,7 @@ __all__ = [
     "merge",
     "partition",
     "peft",
+    "role",
     "save_adapter",
     "summary",
     "trainable",

@@ -5,6 +5,8 @@ Each entry says which version changed what. Some primitives (`split_p`, `stack_p
 `jax.extend.core.primitives`; the rules take them from there.
 """
 
+from typing import Any
+
 import jax
 
 # Core JAX that Quax's own trace is built from, and of which `jax.extend` has no part.
@@ -23,17 +25,49 @@ from jax._src.interpreters.partial_eval import (
     convert_constvars_jaxpr as _convert_constvars_jaxpr,
 )
 from jax._src.lax.lax import ragged_dot_general_p as ragged_dot_general_p
+from jax._src.lax.parallel import psum_invariant_p as psum_invariant_p
 from jax._src.pjit import reshard_p as reshard_p
 from jax.core import ShapedArray
 from jax.sharding import PartitionSpec
 
 
+if jax.__version_info__ >= (0, 11):
+    from jax._src.flattree import flatten as flat_tree
+else:
+    from jax._src.tree_util import FlatTree
+
+    flat_tree = FlatTree.flatten
+
+
+# Primitives that hold an object which says what they do came with JAX 0.12, and so did
+# one that does what a jaxpr says.
+call_hi_primitive_p: Any = None
+eval_jaxpr_p: Any = getattr(core, "eval_jaxpr_p", None)
+if jax.__version_info__ >= (0, 12):
+    from jax._src.hijax import call_hi_primitive_p as call_hi_primitive_p
+
+
 def partition_spec(x) -> tuple:
     """How the type of an array says it is sharded; on a mesh that is not explicit, and
     for an abstract stand-in, not at all."""
-    if isinstance(x, jax.Array):
-        return tuple(jax.typeof(x).sharding.spec)
+    if isinstance(x, jax.Array | ShapedArray):
+        return tuple(_type(x).sharding.spec)
     return (None,) * len(x.shape)
+
+
+def _type(x) -> ShapedArray:
+    return x if isinstance(x, ShapedArray) else jax.typeof(x)  # pyright: ignore
+
+
+def spec_axes(spec) -> set:
+    """The mesh axes that a partition spec names."""
+    names = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    return {name for entry in names for name in entry if name is not None}
+
+
+def varying_axes(x) -> frozenset:
+    """The manual mesh axes over which an array differs from device to device."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
 
 
 def shaped_array(shape, dtype, spec, *like) -> ShapedArray:
@@ -43,7 +77,7 @@ def shaped_array(shape, dtype, spec, *like) -> ShapedArray:
     `ShapedArray` is told of these is undocumented, and changed its name from `vma` to
     `manual_axis_type` in JAX 0.10; so the type is derived from one that knows.
     """
-    types = [jax.typeof(x) for x in like if isinstance(x, jax.Array)]
+    types = [_type(x) for x in like if isinstance(x, jax.Array | ShapedArray)]
     if all(t.sharding.mesh.empty for t in types):
         return ShapedArray(shape, dtype)
     widest = max(types, key=lambda t: len(t.manual_axis_type.varying))
@@ -68,3 +102,17 @@ def detach_consts(closed):
     is_merged = closed.jaxpr is closed
     jaxpr = _convert_constvars_jaxpr(closed if is_merged else closed.jaxpr)
     return jaxpr, list(closed.consts)
+
+
+def cotangents(out) -> list:
+    """Those that the rule of a `custom_vjp` function returns, one for each operand.
+
+    JAX 0.12 lets it write a log of the backward pass beside them.
+    """
+    if isinstance(out, tuple) and len(out) == 2 and isinstance(out[0], list):
+        out, logs = out
+        if logs is not None:
+            raise NotImplementedError(
+                "A rule with `defvjp_with_logs` is not carried through Quax's trace."
+            )
+    return list(out)

@@ -14,6 +14,7 @@ import quax
 from jax import lax
 from jaxtyping import Array
 
+from forms import FORMS, ORACLES
 from lora_quax import LoraArray, loraify, LowRankArray
 
 
@@ -79,11 +80,16 @@ def x(*shape, seed=7):
     return jr.normal(jr.key(seed), shape)
 
 
+def _of(form):
+    return lambda shape, **kwargs: form(lora(shape, **kwargs))
+
+
 KINDS = {
     "lora": lora,
     "low_rank": low_rank,
     "nested": nested,
     "on_scaled": on_scaled,
+    **{name: _of(form) for name, form in FORMS.items()},
 }
 
 
@@ -99,8 +105,9 @@ def dense(w):
     if isinstance(w, LoraArray):
         base = dense(w.base)
         base = lax.stop_gradient(base) if w.stop_gradient else base
-        wide = jnp.promote_types(base.dtype, w.a.dtype)
-        total = base.astype(wide) + dense(w.delta).astype(wide)
+        delta = dense(w.delta)
+        wide = jnp.promote_types(base.dtype, delta.dtype)
+        total = base.astype(wide) + delta.astype(wide)
         return total.astype(base.dtype)
     if isinstance(w, LowRankArray):
         n = w.a.ndim - 1 - w.cols
@@ -109,6 +116,8 @@ def dense(w):
         b = w.b.reshape(*batch, -1, w.rank)
         out = jnp.einsum("...or,...ri->...oi", b, a) * (w.alpha / w.rank)
         return out.reshape(*batch, *rows, *cols)
+    if type(w) in ORACLES:
+        return ORACLES[type(w)](w, dense)
     return w.materialise() if is_value(w) else w
 
 
@@ -187,7 +196,8 @@ class Transform(NamedTuple):
     batch: tuple[bool, ...] = ()  # Which arguments are given a leading axis.
 
     def arguments(self, args):
-        twice = lambda x: jtu.tree_map(lambda leaf: leaf * 0.5, x)
+        half = lambda leaf: leaf * 0.5 if eqx.is_inexact_array(leaf) else leaf
+        twice = lambda x: jtu.tree_map(half, x)
         flags = _flags(self.batch or (False,), len(args))
         return [_stack(x, twice(x)) if f else x for x, f in zip(args, flags)]
 
@@ -340,6 +350,8 @@ def formed(program: Callable, args) -> list[str]:
             if inside and all(len(marks) == len(outputs) for marks in inside):
                 outputs = [frozenset().union(*marks) for marks in zip(*inside)]
             for v, mark in zip(eqn.outvars, outputs):
+                # Whether a factor is finite says nothing of its numbers.
+                mark = frozenset() if v.aval.dtype == bool else mark
                 env[v] = mark
                 if mark == {"a", "b"} and v.aval.size >= weight.size:
                     found.append(str(eqn.primitive))

@@ -39,6 +39,7 @@ from lora_quax import (
     save_adapter,
     unload,
 )
+from lora_quax._arrays.base import replace
 from lora_quax._model.paths import dotted
 
 
@@ -799,7 +800,7 @@ def test_paths_that_cannot_be_written(path, error, match, tmp_path):
 def test_what_is_written_may_change(tmp_path):
     base = {"w": jnp.ones((3, 4)), "x": jnp.ones(4)}
     model = loraify(base, 1, jr.key(0), targets={"w": True, "x": "full"})
-    model = {**model, "w": model["w"].replace(stop_gradient=False)}
+    model = {**model, "w": replace(model["w"], stop_gradient=False)}
     where = lambda m: (m["w"].base, m["w"].delta.b, m["x"].value)
     model = eqx.tree_at(where, model, replace_fn=lambda x: x + 1)
     save_adapter(tmp_path / "x", model, base=base)

@@ -1,6 +1,5 @@
 """The benchmark suite runs, and what README and its results say of it is so."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -9,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import _markdown, _plots, _report
-from benchmarks._flops import product_flops
+from benchmarks import _markdown, _plots, _report, _results
+from benchmarks._compiled import product_flops, products
 from benchmarks._harness import check_agreement, measure
 from benchmarks._process import check_imports
 from benchmarks._work import Absent, Case, Claim, Measurement, Row
@@ -18,20 +17,20 @@ from benchmarks.cases import all_cases
 
 
 CASES = {case.name: case for case in all_cases(quick=True, torch=sys.executable)}
-# The sweeps differ in their sizes alone.
-DISTINCT = set(CASES) - {"width-sweep", "tokens-sweep", "depth-sweep"}
+# Cases that differ in their sizes alone are one here.
+ALIKE = {"width-sweep", "tokens-sweep", "depth-sweep", "many-tokens"}
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(DISTINCT))
+@pytest.mark.parametrize("name", sorted(set(CASES) - ALIKE))
 def test_every_case_runs(name):
     case = CASES[name]
     points = {}
     for point, make in case.points.items():
-        measured = measure(make(), 2, case.measure, case.rtol)
+        measured = measure(make(), 1, case.measure, case.rtol, cold=False)
         points[point] = {m.name: m for m in measured}
-    result = _report.Result(case, 2, points, {})
+    result = _report.Result(case, 1, points, {})
     for claim, value in _report.evaluate(result):
         # Some peers may not be installed here.
         if value is None:
@@ -81,26 +80,68 @@ def test_a_nan_is_a_difference():
         check_agreement(rows, 1e-5)
 
 
-def test_results_are_saved_and_read(tmp_path):
+def test_runs_are_saved_and_read(tmp_path):
     result = toy_result()
-    path = _report.save(tmp_path, result, _report.facts())
-    saved = json.loads(path.read_text())
-    assert [claim["value"] for claim in saved["claims"]] == [0.5, 2.0, 6.0]
-    assert saved["absent"] == {"peer": "not installed"}
-    assert len(saved["points"]["2"][1]["times"]) == 3
+    path = _report.save(tmp_path, result, _report.facts(), fresh=False)
+    saved = _results.read(path)
+    assert [claim["text"] for claim in saved["claims"]] == ["met", "missed", "reported"]
+    (run,) = saved["runs"]
+    assert list(run["claimed"].values()) == [0.5, 2.0, 6.0]
+    assert run["absent"] == {"peer": "not installed"}
+    assert run["points"]["2"][1]["times"] == result.points["2"]["ours"].times
+    _report.save(tmp_path, result, _report.facts(), fresh=False)
+    assert len(_results.read(path)["runs"]) == 2
+    _report.save(tmp_path, result, _report.facts(), fresh=True)
+    assert _results.read(path) == saved
+
+
+def of_runs(times: list[dict[str, list[float]]]):
+    """A result with a point of these rows and a claim, which one run does not meet."""
+    runs = [
+        dict(
+            points={"p": [dict(name=name, times=ts) for name, ts in rows.items()]},
+            claimed={"claim": float(i)},
+        )
+        for i, rows in enumerate(times)
+    ]
+    return dict(claims=[dict(text="claim", bound=1.0)], runs=runs)
+
+
+def test_a_figure_is_the_median_of_runs():
+    # The medians of the rounds of each run are 2, 3 and 7.
+    rounds = [[2.0, 1.0, 9.0], [3.0, 3.0, 4.0], [7.0, 8.0, 5.0]]
+    result = of_runs([{"floor": [1.0, 1.0, 1.0], "ours": times} for times in rounds])
+    assert _results.over(result, "p")["ours"] == (2.0, 3.0, 7.0)
+    assert _results.over(result, "p", "ours")["floor"] == (1 / 7, 1 / 3, 1 / 2)
+    first = _results.figures(result, "p", lambda row: row["times"][0])
+    assert first["ours"] == (2.0, 3.0, 7.0)
+    assert _results.claims(result) == [("claim", 1.0, (0.0, 1.0, 2.0))]
+
+
+def test_what_some_runs_lack_is_left_out():
+    result = of_runs([{"floor": [1.0], "peer": [2.0]}, {"floor": [1.0]}])
+    assert set(_results.over(result, "p")) == {"floor"}
+    result["runs"][1]["claimed"]["claim"] = None
+    assert _results.claims(result) == [("claim", 1.0, None)]
+
+
+def test_results_are_a_page(tmp_path):
+    for fresh in (True, False):
+        _report.save(tmp_path, toy_result(), _report.facts(), fresh)
     page = _markdown.write(tmp_path, ["transformer"], []).read_text()
-    assert "| missed | 1.00 | 2.00 | **missed** |" in page
-    assert "| met | 1.00 | 0.500 | |" in page.replace("|  |", "| |")
+    assert "| missed | 1.00 | 2.00 | 2.00–2.00 | **missed** |" in page
+    assert "| met | 1.00 | 0.500 | 0.500–0.500 |  |" in page
+    assert "2 runs of 3 rounds" in page
     assert "Left out: peer (not installed)." in page
+    assert "| 2 | floor | 1.00 | 1.00–1.00 |" in page
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path):
     assert list(_plots.draw(tmp_path)) == []
     result = toy_result()
-    path = _report.save(tmp_path, result, _report.facts())
-    saved = json.loads(path.read_text())
-    saved["points"] = {"1": saved["points"]["1"]}
-    path.write_text(json.dumps(saved))
+    one = {"1": result.points["1"]}
+    result = _report.Result(result.case, 3, one, {})
+    _report.save(tmp_path, result, _report.facts(), fresh=True)
     (plot,) = _plots.draw(tmp_path)
     first = plot.read_bytes()
     assert first.startswith(b"<?xml")
@@ -123,6 +164,20 @@ def test_products_are_counted_from_the_text():
     assert product_flops(compiled) == 2 * (5 * 3 * 7 + 5 * 7 * 2 + 5 * 3 * 5)
 
 
+def test_an_operand_that_is_read_across_is_seen():
+    dot = lambda u, v, i, j: jax.lax.dot_general(u, v, (((i,), (j,)), ((), ())))
+    wide, thin = jnp.ones((64, 32)), jnp.ones((64, 4))
+
+    def across(f, *args):
+        (product,) = products(jax.jit(f).lower(*args).compile())
+        assert product.thinnest == 4 and product.flops == 2 * 64 * 32 * 4
+        return product.reads_across
+
+    assert across(lambda u, v: dot(u, v, 0, 0), wide, thin)
+    assert not across(lambda u, v: dot(u, v, 0, 0), thin, wide)
+    assert not across(lambda u, v: dot(u, v, 1, 1), wide, jnp.ones((4, 32)))
+
+
 def test_a_peer_that_is_not_there_is_named():
     with pytest.raises(ImportError, match="cannot be run"):
         check_imports("no/such/python", "torch")
@@ -133,10 +188,8 @@ def test_a_peer_that_is_not_there_is_named():
 def test_results_are_of_the_cases_there_are():
     """A case that was renamed, or a claim reworded, must be measured again."""
     cases = {case.name: case for case in all_cases(quick=False, torch=sys.executable)}
-    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    found = {path.stem: _results.read(path) for path in RESULTS.glob("*.json")}
     assert set(found) == set(cases)
     for name, result in found.items():
-        claims = [claim["text"] for claim in result["claims"]]
-        assert claims == [claim.text for claim in cases[name].claims]
-        bounds = [claim["bound"] for claim in result["claims"]]
-        assert bounds == [claim.bound for claim in cases[name].claims]
+        claims = [dict(text=c.text, bound=c.bound) for c in cases[name].claims]
+        assert result["claims"] == claims

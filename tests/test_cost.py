@@ -14,7 +14,7 @@ from helpers import adapted, equations
 from jax import lax
 
 import lora_quax
-from benchmarks._flops import product_flops
+from benchmarks._compiled import product_flops
 from benchmarks._transformer import (
     factors,
     lora_products,

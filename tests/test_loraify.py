@@ -14,9 +14,7 @@ import paramax
 import pytest
 import quax
 
-from lora_quax import init
-from lora_quax._arrays.array import LoraArray, LowRankArray
-from lora_quax._arrays.full import FullArray
+from lora_quax import FullArray, init, LoraArray, LowRankArray
 from lora_quax._model.loraify import loraify
 from lora_quax._model.merge import merge, unload
 from lora_quax._model.paths import dotted, is_adapted

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from files import bits, Int8
 
-from lora_quax._arrays.array import LoraArray, LowRankArray
-from lora_quax._arrays.full import FullArray
+from lora_quax import FullArray, LoraArray, LowRankArray
 from lora_quax._model.loraify import loraify
 from lora_quax._model.merge import merge, unload
 from lora_quax._model.training import partition

@@ -25,6 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lora_quax import filter_value_and_grad, loraify, merge, partition
+from lora_quax._arrays.base import replace
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -138,10 +139,11 @@ def test_explicit_mesh(w_spec, x_spec):
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     with jax.set_mesh(mesh):
         w = lora((4, 6))
-        w = w.replace(
+        w = replace(
+            w,
             base=put(w.base, *w_spec),
-            delta=w.delta.replace(
-                a=put(w.a, None, w_spec[1]), b=put(w.b, w_spec[0], None)
+            delta=replace(
+                w.delta, a=put(w.a, None, w_spec[1]), b=put(w.b, w_spec[0], None)
             ),
         )
         out = P("i", None) if x_spec[0] else P(None, w_spec[0])
@@ -263,7 +265,7 @@ def test_adapters_of_another_rank_through_the_same_loop():
     for rank in (2, 3, 1):
         for dtype in (jnp.float64, jnp.float32):
             w = lora((3, 3), rank=rank)
-            w = w.replace(delta=jax.tree.map(lambda x: x.astype(dtype), w.delta))
+            w = replace(w, delta=jax.tree.map(lambda x: x.astype(dtype), w.delta))
             for f in (run, loop):
                 assert_close(f(w, x(3)), f(densify(w), x(3)), rtol=1e-5, atol=1e-5)
 

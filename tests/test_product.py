@@ -2,14 +2,19 @@
 
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, equations
+import quax
+from helpers import adapted, assert_close, densify, equations, lora
 from jax import lax
+from jax.experimental.jet import jet
 
+import lora_quax
+from benchmarks._compiled import products
 from lora_quax._arrays.thin_dot import contract, thin_dot_general
 
 
@@ -50,6 +55,7 @@ TRANSFORMS = {
     "jacfwd of jacrev": lambda f: jax.jacfwd(jax.jacrev(f, 1), 0),
     "linearize": lambda f: lambda u, v: jax.linearize(f, u, v)[1](v.sum() * u, v),
     "checkpoint": lambda f: jax.grad(_cubes(jax.checkpoint(f)), (0, 1)),
+    "jet": lambda f: lambda u, v: jet(f, (u, v), ([v.sum() * u, u], [u.sum() * v, v])),
     "scan": lambda f: (
         lambda u, v: lax.scan(lambda c, _: (0.5 * c, f(c, v)), u, None, 3)
     ),
@@ -81,24 +87,78 @@ def test_batching_along_every_axis(case):
         assert_close(ours(us, vs), plain(us, vs))
 
 
-def test_the_wide_operand_is_read_as_it_lies():
-    """Of a step with 512 tokens, no compiled product contracts a wide left operand's
-    leading axis, as autodiff of `lax.dot_general` does for the gradient of `b`."""
-    x, a, b = jnp.ones((512, 64)), jnp.ones((4, 64)), jnp.ones((32, 4))
-    last = (((1,), (1,)), ((), ()))
+# Compiled: XLA simplifies products after they are lowered.
 
-    def loss(dot, x, a, b):
-        return (dot(dot(x, a, last), b, last) ** 2).sum()
+RANK, WIDTH, TOKENS = 3, 8, 32
 
-    def across(dot):
-        grad = jax.jit(jax.grad(loss, (1, 2, 3)), static_argnums=0)
-        text = grad.lower(dot, x, a, b).as_text()
-        shape = "tensor<512x32xf64>, tensor<512x4xf64>"
-        lines = [line for line in text.splitlines() if "dot_general" in line]
-        return [line for line in lines if shape in line and "[0] x [0]" in line]
 
-    assert across(lax.dot_general)
-    assert not across(thin_dot_general)
+def _square(x):
+    return jnp.sum(x**2)
+
+
+def _linear(w, x):
+    return _square(jax.vmap(lambda x: w @ x)(x))
+
+
+def _recurrent(w, x):
+    step = lambda h, x: (jnp.tanh(w @ h + x), None)
+    return _square(lax.scan(jax.vmap(step), x, jnp.stack([x, -x]))[0])
+
+
+def _tied(w, x):
+    x = x + w[jnp.arange(TOKENS) % WIDTH]
+    return jnp.sum(jax.nn.log_softmax(x @ w.T)[:, 0])
+
+
+def _convolution(w, x):
+    x = x.reshape(2, -1, WIDTH).swapaxes(1, 2)  # (batch, features, length)
+    return _square(lax.conv_general_dilated(x, w, (1,), "SAME"))
+
+
+def _ensemble(w, x):
+    return _square(jnp.einsum("eoi,bi->ebo", w, x))
+
+
+# A mixture of experts is not among them: XLA's own expansion of `ragged_dot`, which
+# copies the tokens for every expert, chooses the order there.
+# name: (a program of a weight and of tokens, the shape of the weight, its columns)
+PROGRAMS = {
+    "linear": (_linear, (WIDTH, WIDTH), 1),
+    "recurrent": (_recurrent, (WIDTH, WIDTH), 1),
+    "tied embedding": (_tied, (WIDTH, WIDTH), 1),
+    "convolution": (_convolution, (WIDTH, WIDTH, 5), 2),
+    "ensemble": (_ensemble, (2, WIDTH, WIDTH), 1),
+}
+
+
+def thin_products(program, w, x):
+    """Those that the rank takes part in, in the compiled value and gradient."""
+    params, base = eqx.partition(w, lora_quax.trainable(w))
+    f = lambda params, base, x: program(eqx.combine(params, base), x)
+    compiled = jax.jit(jax.value_and_grad(f, (0, 2))).lower(params, base, x).compile()
+    return [p for p in products(compiled) if p.thinnest == RANK]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_no_wide_operand_is_read_across(name):
+    program, shape, cols = PROGRAMS[name]
+    w = lora(shape, rank=RANK, cols=cols, dtype=jnp.float32)
+    x = jnp.ones((TOKENS, WIDTH), jnp.float32)
+    found = thin_products(quax.quaxify(program), w, x)
+    assert found
+    assert not [p for p in found if p.reads_across]
+
+
+def test_autodiff_of_a_dot_general_reads_across():
+    """As the gradient of `b` does: what the test above is able to see."""
+    x, a, b = (
+        jnp.ones((TOKENS, WIDTH)),
+        jnp.ones((RANK, WIDTH)),
+        jnp.ones((WIDTH, RANK)),
+    )
+    f = lambda a, b, x: _square(x @ a.T @ b.T)
+    compiled = jax.jit(jax.grad(f, (0, 1, 2))).lower(a, b, x).compile()
+    assert [p for p in products(compiled) if p.reads_across]
 
 
 def test_the_wide_operand_moves_to_the_left():
@@ -132,3 +192,21 @@ def test_contract_by_labels():
             )
         )
     } == {"thin_dot_general"}
+
+
+def test_taylor_mode_of_a_model():
+    """In its input and in its factors. The base is constant: it is frozen."""
+    mlp = eqx.nn.MLP(3, 2, 4, 2, activation=jnp.tanh, dtype=jnp.float64, key=jr.key(0))
+    model = adapted(mlp)
+    params, frozen = lora_quax.partition(model)
+    leaves, structure = jax.tree.flatten((params, jnp.arange(3.0)))
+    series = [[jnp.sin(x + 1), jnp.cos(x)] for x in leaves]
+
+    def taylor(wrap):
+        def f(*leaves):
+            params, x = structure.unflatten(leaves)
+            return wrap(eqx.combine(params, frozen))(x)
+
+        return jet(f, leaves, series)
+
+    assert_close(taylor(quax.quaxify), taylor(densify))

@@ -24,6 +24,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from lora_quax import MaterialiseError
+from lora_quax._arrays.base import replace
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -443,10 +444,10 @@ def test_dtypes(program, dtypes):
     tolerance = 2.0 ** (4 - narrowest)
     w = lora(**weight)
     cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
-    w = w.replace(base=cast(w.base, base), delta=cast(w.delta, factors))
+    w = replace(w, base=cast(w.base, base), delta=cast(w.delta, factors))
     out = eqx.filter_jit(quax.quaxify(fn))(w, x(*other).astype(activations))
     # The reference: the very same numbers, in double precision.
-    wide = w.replace(base=cast(w.base, float), delta=cast(w.delta, float))
+    wide = replace(w, base=cast(w.base, float), delta=cast(w.delta, float))
     expected = fn(densify(wide), x(*other).astype(activations).astype(float))
     assert out.dtype == fn(w.base, x(*other).astype(activations)).dtype
     scale = float(jnp.abs(expected).max())
@@ -536,11 +537,11 @@ def _(u: Lazy, v: jax.Array):
 def test_a_base_whose_products_are_values():
     w = lora((5, 3))
     base = jnp.asarray(w.base)
-    lazy = w.replace(base=Lazy(base, jnp.array(2.0)))
+    lazy = replace(w, base=Lazy(base, jnp.array(2.0)))
     fn = lambda w, x: lax.dot_general(x, w, (((1,), (1,)), ((), ())))
     out = quax.quaxify(fn)(lazy, x(4, 3))
     assert isinstance(out, Lazy)
-    plain = densify(w.replace(base=2.0 * base))
+    plain = densify(replace(w, base=2.0 * base))
     assert_close(out.materialise(), fn(plain, x(4, 3)))
 
 

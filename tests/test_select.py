@@ -12,8 +12,7 @@ import quax
 from jax.core import ShapedArray
 from jaxtyping import PyTree
 
-from lora_quax._arrays.array import LoraArray
-from lora_quax._arrays.full import FullArray
+from lora_quax import FullArray, LoraArray
 from lora_quax._model.paths import walk
 from lora_quax._model.select import select
 from lora_quax._model.targets import Adapt, read_targets

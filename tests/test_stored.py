@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import assert_close, lora
+from jax.experimental.jet import jet
 
 from lora_quax._arrays.stored import SMALL, stored
 
@@ -18,6 +19,7 @@ TRANSFORMS = {
     "hessian": lambda f: jax.hessian(lambda x: jnp.sum(jnp.sin(f(x)) ** 2)),
     "jvp": lambda f: lambda x: jax.jvp(f, (x,), (2 * x,)),
     "transpose": lambda f: lambda x: jax.linear_transpose(f, x)(x),
+    "jet": lambda f: lambda x: jet(f, (x,), ([2 * x, x],)),
     "checkpoint": lambda f: jax.grad(lambda x: jax.checkpoint(f)(x).sum()),
 }
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import pytest
 
-from lora_quax._arrays.array import LoraArray, LowRankArray
+from lora_quax import LoraArray, LowRankArray
 from lora_quax._model.loraify import loraify
 from lora_quax._model.summary import summary
 from lora_quax._model.targets import Adapt

@@ -9,8 +9,7 @@ import optax
 import pytest
 import quax
 
-from lora_quax._arrays.array import LoraArray, LowRankArray
-from lora_quax._arrays.full import FullArray
+from lora_quax import FullArray, LoraArray, LowRankArray
 from lora_quax._model.loraify import loraify
 from lora_quax._model.training import (
     filter_grad,

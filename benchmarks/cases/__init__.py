@@ -1,6 +1,6 @@
 """The kinds of work that are measured, one a file."""
 
-from .._transformer import QUICK, SIZES
+from .._transformer import MANY, QUICK, SIZES
 from .._work import Case
 from . import (
     adapters,
@@ -33,6 +33,7 @@ def all_cases(quick: bool, torch: str, size: str = "base") -> list[Case]:
     suffix = "" if size == "base" else f"-{size}"
     return [
         transformer.case(f"transformer{suffix}", of, torch),
+        transformer.many_tokens("many-tokens", QUICK if quick else MANY),
         bfloat16.case(f"bfloat16{suffix}", of),
         *sweeps.cases(quick),
         convolution.case(quick),

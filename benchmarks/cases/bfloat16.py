@@ -5,7 +5,7 @@ import jax.random as jr
 
 from .. import _work
 from .._transformer import loss_fn, make, Size
-from .._work import at_most, Case, INSIDE, OUTSIDE, Row
+from .._work import at_most, Case, FROZEN, INSIDE, OUTSIDE, Row
 from ..peers import by_hand, plain
 
 
@@ -17,8 +17,8 @@ def case(name: str, size: Size) -> Case:
         [
             at_most("bfloat16: ÷ by hand, Equinox", 1.0, OUTSIDE, "by hand, Equinox"),
             at_most("bfloat16: ÷ by hand, plain", 1.0, OUTSIDE, "by hand, plain JAX"),
-            at_most("bfloat16: ÷ floor", None, OUTSIDE, "floor"),
-            at_most("bfloat16, vmap(quaxify(f)): ÷ floor", None, INSIDE, "floor"),
+            at_most("bfloat16: ÷ frozen", None, OUTSIDE, FROZEN),
+            at_most("bfloat16, vmap(quaxify(f)): ÷ frozen", None, INSIDE, FROZEN),
         ],
         rtol=1e-3,
     )
@@ -28,7 +28,8 @@ def rows(size: Size) -> list[Row]:
     model, adapted, data = make(size, jr.key(0), jnp.bfloat16)
     hand = by_hand.program(model, adapted, loss_fn)
     return [
-        _work.floor(model, loss_fn, data),
+        _work.frozen(model, loss_fn, data),
+        _work.strict_floor(model, loss_fn, data),
         _work.training("by hand, Equinox", hand, data, adapted=True),
         _work.training(
             "by hand, plain JAX", plain.program(model, adapted), data, adapted=True

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .._transformer import make, Size, Transformer
-from .._work import at_most, Case, Row
+from .._work import at_most, Case, FROZEN, Row
 from ..peers import plain
 from ..peers.by_hand import by_hand
 from ..peers.quax_example import quax_example
@@ -66,7 +66,7 @@ def rows(size: Size) -> list[Row]:
     trees = plain.factors(ours), plain.weights(model)
     example, outside = quax_example(model, ours), quax.quaxify(decode)
     return [
-        _row("floor", model, decode, state, adapted=False),
+        _row(FROZEN, model, decode, state, adapted=False),
         _row("by hand, Equinox", by_hand(model, ours), decode, state),
         _row("by hand, plain JAX", trees, plain_decode, state),
         _row("quax.examples.lora", example, outside, state),
@@ -98,7 +98,7 @@ def case(quick: bool) -> Case:
         [
             at_most("batch-1 decoding: ÷ by hand, plain JAX", 1.03, row, plainly),
             at_most("batch-1 decoding: ÷ by hand, Equinox", None, row, hand),
-            at_most("batch-1 decoding: ÷ floor", None, row, "floor"),
+            at_most("batch-1 decoding: ÷ frozen", None, row, FROZEN),
         ],
         rounds=401,  # Of a few milliseconds each.
     )

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 import lora_quax
 
 from .._transformer import loss_fn, make, Size
-from .._work import Case, Claim, INSIDE, inside, OUTSIDE, Program, program, Row
+from .._work import Case, Claim, FROZEN, INSIDE, inside, OUTSIDE, Program, program, Row
 from ..peers import by_hand, plain, quax_example
 
 
@@ -56,7 +56,7 @@ def jvp_rows(size: Size) -> list[Row]:
         return Row(name, step, (), fixed, is_adapted)
 
     rows = [row(name, program, True) for name, program in adapted.items()]
-    return [row("floor", base, False), *rows]
+    return [row(FROZEN, base, False), *rows]
 
 
 def hvp_rows(size: Size) -> list[Row]:
@@ -83,7 +83,7 @@ def hvp_rows(size: Size) -> list[Row]:
         return base.loss(base.params, frozen, x, y)
 
     return [
-        row("floor", of_input, x, (base.frozen, y), y, False),
+        row(FROZEN, of_input, x, (base.frozen, y), y, False),
         *(
             row(name, p.loss, p.params, (p.frozen, x, y), p.params, True)
             for name, p in adapted.items()
@@ -97,8 +97,8 @@ def case(quick: bool) -> Case:
 
     def claim(point, row):
         return Claim(
-            f"{point}, {row} ÷ floor",
-            lambda points: points[point][row].ratio(points[point]["floor"]),
+            f"{point}, {row} ÷ frozen",
+            lambda points: points[point][row].ratio(points[point][FROZEN]),
         )
 
     return Case(

@@ -88,7 +88,7 @@ def rows(size: Size) -> list[Row]:
         return _work.training(name, program, data, adapted=True)
 
     return [
-        _work.floor(model, loss_fn, data),
+        _work.frozen(model, loss_fn, data),
         row("formed", formed),
         row("factored", factored),
     ]

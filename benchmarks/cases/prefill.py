@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 import lora_quax
 
 from .._transformer import make, Size, Transformer
-from .._work import at_most, Case, Claim, INSIDE, inside, OUTSIDE, Row
+from .._work import at_most, Case, Claim, FROZEN, INSIDE, inside, OUTSIDE, Row
 from ..peers import plain
 from ..peers.by_hand import by_hand
 from ..peers.quax_example import quax_example
@@ -39,7 +39,7 @@ def rows(size: Size) -> list[Row]:
     trees = plain.factors(ours), plain.weights(model)
     outside = quax.quaxify(forward)
     return [
-        _row("floor", model, forward, x, adapted=False),
+        _row(FROZEN, model, forward, x, adapted=False),
         _row("by hand, Equinox", by_hand(model, ours), forward, x),
         _row("by hand, plain JAX", trees, plain_forward, x),
         _row("quax.examples.lora", quax_example(model, ours), outside, x),
@@ -66,7 +66,7 @@ def _row(name: str, model: PyTree, forward: Callable, x, adapted: bool = True) -
 
 def _differ(points) -> float:
     (rows,) = points.values()
-    merged, floor = (rows[name].facts["program"] for name in ("merged", "floor"))
+    merged, floor = (rows[name].facts["program"] for name in ("merged", FROZEN))
     return float(merged != floor)
 
 
@@ -81,7 +81,7 @@ def case(quick: bool) -> Case:
         {"forward": lambda: rows(size)},
         [
             Claim("merged: programs other than the plain one", _differ, 0),
-            at_most("merged: ÷ the plain model", None, "merged", "floor"),
+            at_most("merged: ÷ the plain model", None, "merged", FROZEN),
             *(at_most(f"{row} ÷ {peer}", None, row, peer) for row in (OUTSIDE, INSIDE)),
         ],
         rounds=7,

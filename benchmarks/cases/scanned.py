@@ -12,7 +12,7 @@ import lora_quax
 
 from .. import _work
 from .._transformer import BASE, Block, loss_fn, QUICK, Size
-from .._work import at_most, Case, OUTSIDE, Row
+from .._work import at_most, Case, FROZEN, OUTSIDE, Row
 from ..peers import by_hand
 
 
@@ -53,7 +53,7 @@ def cases(quick: bool) -> list[Case]:
             "scanned",
             f"A training step of {size.layers} layers, stacked and scanned",
             {"step": lambda: rows(size)},
-            [at_most("scanned layers: ÷ floor", None, OUTSIDE, "floor")],
+            [at_most("scanned layers: ÷ frozen", None, OUTSIDE, FROZEN)],
         ),
         Case(
             "scanned-compile",
@@ -81,7 +81,7 @@ def rows(size: Size) -> list[Row]:
     adapted = lora_quax.loraify(model, size.rank, lora_key, init_b=init_b)
     hand = by_hand.program(model, adapted, loss_fn)
     return [
-        _work.floor(model, loss_fn, data),
+        _work.frozen(model, loss_fn, data),
         _work.training("by hand, Equinox", hand, data, adapted=True),
         *_work.ours(adapted, loss_fn, data),
     ]

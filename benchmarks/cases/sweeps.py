@@ -18,7 +18,7 @@ from .._transformer import (
     QUICK,
     Size,
 )
-from .._work import Case, Claim, Measurement, OUTSIDE, Point, Row
+from .._work import Case, Claim, FROZEN, Measurement, OUTSIDE, Point, Row
 from ..peers import by_hand
 
 
@@ -84,7 +84,7 @@ def _point(size: Size) -> Callable[[], list[Row]]:
         model, adapted, data = make(size, jr.key(0))
         hand = by_hand.program(model, adapted, loss_fn)
         return [
-            _work.floor(model, loss_fn, data),
+            _work.frozen(model, loss_fn, data),
             _work.training("by hand, Equinox", hand, data, adapted=True),
             _work.ours(adapted, loss_fn, data)[0],
         ]
@@ -104,7 +104,7 @@ def _off(m: Measurement, size: Size) -> float:
 
 
 def _beyond(rows: Point, size: Size) -> float:
-    return rows[OUTSIDE].ratio(rows["floor"]) / _paper(size)
+    return rows[OUTSIDE].ratio(rows[FROZEN]) / _paper(size)
 
 
 def _paper(size: Size) -> float:
@@ -123,10 +123,10 @@ def _flat(name: str, sizes: Mapping[int, Size]) -> Claim:
 def _growth(name: str, sizes: Mapping[int, Size]) -> Claim:
     def exponent(points):
         """Of the growth of time, as a power of the growth of FLOPs."""
-        time = [points[str(x)][OUTSIDE].ratio(points[str(x)]["floor"]) for x in sizes]
+        time = [points[str(x)][OUTSIDE].ratio(points[str(x)][FROZEN]) for x in sizes]
         logs = [[math.log(y) for y in ys] for ys in (map(_paper, sizes.values()), time)]
         return statistics.linear_regression(*logs).slope
 
     return Claim(
-        f"{name}: time ÷ floor grows as FLOPs ÷ floor to the power", exponent, 1.0
+        f"{name}: time ÷ frozen grows as FLOPs ÷ frozen to the power", exponent, 1.0
     )

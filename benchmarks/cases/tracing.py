@@ -7,11 +7,11 @@ import quax
 
 from .. import _work
 from .._transformer import loss_fn, make, QUICK
-from .._work import at_most, Case, INSIDE, OUTSIDE, Row
+from .._work import at_most, Case, FROZEN, INSIDE, OUTSIDE, Row
 from ..peers import by_hand, quax_example
 
 
-THROUGH_QUAX = "floor, through Quax"
+THROUGH_QUAX = "frozen model, through Quax"
 
 
 def case(quick: bool) -> Case:
@@ -24,7 +24,7 @@ def case(quick: bool) -> Case:
         [
             at_most("trace + lower: ÷ by hand, Equinox", 1.25, OUTSIDE, hand),
             at_most("the same, vmap(quaxify(f))", 1.25, INSIDE, hand),
-            at_most("what Quax itself costs, ÷ floor", None, THROUGH_QUAX, "floor"),
+            at_most("what Quax itself costs, ÷ frozen", None, THROUGH_QUAX, FROZEN),
         ],
         measure="trace",
         rounds=5,
@@ -36,9 +36,9 @@ def rows(layers: int) -> list[Row]:
     model, adapted, data = make(dataclasses.replace(QUICK, layers=layers), jr.key(0))
     hand = by_hand.program(model, adapted, loss_fn)
     example = quax_example.program(model, adapted, loss_fn)
-    through_quax = _work.floor(model, quax.quaxify(loss_fn), data)
+    through_quax = _work.frozen(model, quax.quaxify(loss_fn), data)
     return [
-        _work.floor(model, loss_fn, data),
+        _work.frozen(model, loss_fn, data),
         dataclasses.replace(through_quax, name=THROUGH_QUAX),
         _work.training("by hand, Equinox", hand, data),
         _work.training("quax.examples.lora", example, data),

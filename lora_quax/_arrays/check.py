@@ -1,4 +1,4 @@
-"""What comes from outside is checked here, at once, with an error that names it."""
+"""The types of what is given, and what comes from outside checked at once, by name."""
 
 import math
 import operator
@@ -7,33 +7,69 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import quax
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 
 
-def aval_of(x) -> ShapedArray:
-    """The type of an array, of a value, or of the abstract stand-in for an array."""
+def aval_of(x) -> Any:
+    """The type of an array, of a value, or of an abstract stand-in for one."""
     if isinstance(x, quax.ArrayValue):
-        return x.aval()
+        return type(x).aval(x)
     if isinstance(x, jax.ShapeDtypeStruct):
         return ShapedArray(x.shape, x.dtype)
-    return jax.typeof(x)
+    return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
 def check_rank(rank) -> int:
-    if isinstance(rank, bool) or not hasattr(rank, "__index__") or rank < 1:
+    try:
+        out = 0 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        out = 0
+    if out < 1:
         raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
-    return operator.index(rank)
+    return out
+
+
+def check_number(name: str, x) -> float:
+    """A finite number of Python's, NumPy's or JAX's as one of Python's."""
+    scalar = isinstance(x, int | float | np.number | np.ndarray | jax.Array)
+    if (
+        not scalar
+        or isinstance(x, bool | Tracer)
+        or np.ndim(x) != 0
+        or not np.issubdtype(np.result_type(x), np.number)
+        or np.iscomplexobj(x)
+    ):
+        raise TypeError(f"`{name}` must be a number that is not traced, got {x!r}.")
+    try:
+        out = float(x)
+    except OverflowError:
+        out = math.inf
+    if not math.isfinite(out):
+        raise ValueError(f"`{name}` must be finite, got {str(x)[:40]}.")
+    return out
 
 
 def check_alpha(alpha, rank: int) -> float:
-    if alpha is None:
-        return float(rank)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"`alpha` must be a Python number, got {alpha!r}.")
-    if not math.isfinite(alpha):
-        raise ValueError(f"`alpha` must be finite, got {alpha!r}.")
-    return float(alpha)
+    return float(rank) if alpha is None else check_number("alpha", alpha)
+
+
+def check_factor_dtype(dtype) -> np.dtype:
+    """A type that factors can be computed with."""
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise TypeError(
+            "`dtype`, of the factors, must be a floating-point type of 16 bits or "
+            f"more, got {dtype.name}."
+        )
+    return dtype
+
+
+def default_dtype(weight) -> np.dtype:
+    """The type of a weight's factors: its own, but at least float32, as in PEFT."""
+    dtype = jnp.dtype(aval_of(weight).dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def check_key(key) -> None:

@@ -8,18 +8,21 @@ import wadler_lindig as wl
 from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
+from .base import AdaptedArray, BASE, role
 from .check import aval_of, check_weight
 
 
-class FullArray(quax.ArrayValue):
+class FullArray(AdaptedArray):
     """An array that trains as a whole: the head of a classifier, a bias, a norm.
 
     Inside `quax.quaxify` it stands for `value`. The original is kept, as PEFT's
     `modules_to_save` keeps it, so that `lora_quax.unload` gives it back bit for bit.
     """
 
-    base: Float[Array, "..."]
-    value: Float[Array, "..."]
+    form = "full"
+
+    base: Float[Array, "..."] = role(BASE)
+    value: Float[Array, "..."] = role("full")
 
     def __init__(self, base: Any):
         """**Arguments:**
@@ -37,8 +40,19 @@ class FullArray(quax.ArrayValue):
         # A copy, because a buffer that is there twice cannot be donated.
         self.value = jnp.copy(self.base)
 
-    def materialise(self) -> Array:
-        """The trained array."""
+    def __check_init__(self):
+        if self.base.shape != self.value.shape:
+            raise ValueError(
+                f"A value of shape {self.value.shape} stands beside an original of "
+                f"shape {self.base.shape}."
+            )
+
+    @property
+    def allow_materialise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True: it is dense as it is."""
+        return True
+
+    def lower(self) -> Array:
         return self.value
 
     def aval(self) -> ShapedArray:

@@ -12,6 +12,7 @@ it. A primitive is the identity there.
 
 import jax
 from jax import lax
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -31,6 +32,7 @@ stored_p.def_impl(lambda x: x)
 stored_p.def_abstract_eval(lambda x: x)
 ad.deflinear2(stored_p, lambda ct, _: [stored(ct)])
 batching.defvectorized(stored_p)
+jet.deflinear(stored_p)
 mlir.register_lowering(stored_p, mlir.lower_fun(lambda x: x, multiple_results=False))
 
 

@@ -14,6 +14,7 @@ general one without touching a rule. It is not `dot_general` to a policy of
 `jax.checkpoint` that saves products: these thin ones are computed again.
 """
 
+import functools as ft
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from typing import Any, TypeAlias
 import jax
 import quax
 from jax import lax
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -54,7 +56,9 @@ def _reads_across(u, v, dimension_numbers) -> bool:
     return max(v_contract) > first
 
 
-def _lower(u, v, *, dimension_numbers, precision, out_sharding, **params):
+def _lower(
+    u, v, *, dimension_numbers, precision, out_sharding, hold=lambda out: out, **params
+):
     ((u_contract, v_contract), (u_batch, v_batch)) = dimension_numbers
     if out_sharding is not None or not _reads_across(u, v, dimension_numbers):
         return lax.dot_general(
@@ -76,7 +80,12 @@ def _lower(u, v, *, dimension_numbers, precision, out_sharding, **params):
     n_batch = len(u_batch)
     v_free = range(n_batch, n_batch + v.ndim - len(v_contract) - n_batch)
     u_free = range(v_free.stop, out.ndim)
-    return lax.transpose(out, (*range(n_batch), *u_free, *v_free))
+    return lax.transpose(hold(out), (*range(n_batch), *u_free, *v_free))
+
+
+# XLA folds a transposition into the product that it is of, which turns the operands
+# back again. On the CPU, where their order was seen to count, it is kept from that.
+_lower_on_cpu = ft.partial(_lower, hold=lax.optimization_barrier)
 
 
 def _batch(args, dims, *, dimension_numbers, out_sharding, **params):
@@ -111,6 +120,16 @@ def _batch(args, dims, *, dimension_numbers, out_sharding, **params):
         **params,
     )
     return out, out_dim
+
+
+def _taylor(primals, series, **params):
+    """Of two Taylor series, by Cauchy's product: term k sums `u_j · v_{k-j}`."""
+    u, v = ([x, *terms] for x, terms in zip(primals, series))
+    out = [
+        sum(thin_dot_general_p.bind(u[j], v[k - j], **params) for j in range(k + 1))
+        for k in range(len(u))
+    ]
+    return out[0], out[1:]
 
 
 def _labels(u, v, dimension_numbers):
@@ -162,7 +181,7 @@ def _transpose_v(g, u, v, *, dimension_numbers, precision, **params):
 
 thin_dot_general_p.def_impl(
     jax.jit(
-        _lower,
+        thin_dot_general_p.bind,
         static_argnames=(
             "dimension_numbers",
             "precision",
@@ -178,8 +197,14 @@ thin_dot_general_p.def_abstract_eval(
 mlir.register_lowering(
     thin_dot_general_p, mlir.lower_fun(_lower, multiple_results=False)
 )
+mlir.register_lowering(
+    thin_dot_general_p,
+    mlir.lower_fun(_lower_on_cpu, multiple_results=False),
+    platform="cpu",
+)
 ad.defbilinear(thin_dot_general_p, _transpose_u, _transpose_v)
 batching.primitive_batchers[thin_dot_general_p] = _batch
+jet.jet_rules[thin_dot_general_p] = _taylor
 
 
 def thin_dot_general(

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from .._arrays.array import LoraArray, LowRankArray
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._disk.files import AdapterError
 from .._model.paths import join, named
 from ..peft._names import split

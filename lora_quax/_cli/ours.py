@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 
-from .._arrays.array import LoraArray, LowRankArray
+from .._arrays.base import AbstractDelta, is_adapted
 from .._arrays.full import FullArray
+from .._arrays.lora import LoraArray
 from .._disk.adapter import differences, read_adapter, written
 from .._disk.description import build, float_type
 from .._disk.files import refuse
@@ -41,15 +42,19 @@ def _gather(out: Content, weight: str, name: str, x, kind: str) -> None:
     if isinstance(x, LoraArray):
         out.updates[name] = _update(weight, x.delta, kind)
         _gather(out, weight, join(name, "base"), x.base, kind)
-    elif isinstance(x, LowRankArray):
+    elif isinstance(x, AbstractDelta):
         out.updates[name] = _update(weight, x, kind)._replace(has_base=False)
     elif isinstance(x, FullArray):
         out.values[weight] = np.asarray(x.value)
+    elif is_adapted(x):  # Of any other form, what is in the file, leaf by leaf.
+        for keys, leaf in _leaves(x):
+            out.values[join(weight, dotted(keys))] = np.asarray(leaf)
     elif isinstance(x, np.ndarray):  # A base that trains; one that does not is a type.
         out.values[weight] = x
 
 
-def _update(weight: str, x: LowRankArray, kind: str) -> Update:
+def _update(weight: str, delta: AbstractDelta, kind: str) -> Update:
+    x = delta.lower()
     a, b = np.asarray(x.a), np.asarray(x.b)
     batch = a.shape[: a.ndim - x.cols - 1]
     shape = *b.shape[:-1], *a.shape[a.ndim - x.cols :]
@@ -97,7 +102,7 @@ def _leaves(skeleton) -> list[tuple[Any, Any]]:
 
 def _base(about: dict[str, Any]) -> jax.ShapeDtypeStruct | None:
     """The type of the weight that was adapted, if there was one."""
-    while about["form"] in ("lora", "full"):
+    while "base" in about:
         about = about["base"]
     if about["form"] != "array":
         return None

@@ -1,8 +1,8 @@
 """An adapter on disk: what trains, and how to put it around the weights again.
 
-A file holds the leaves that train, or have trained, named by their paths, and for each
-adapted weight a description that mirrors its array: what `describe` writes, `_build`
-reads. A new form of array joins by a case in each.
+A file holds all of an adaptation, what trains and what does not, and nothing of what it
+was put around: the leaves by their paths, and for each adapted weight a description that
+mirrors its array.
 """
 
 import json
@@ -17,10 +17,9 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._arrays.array import LoraArray, LowRankArray, make
-from .._arrays.full import FullArray
+from .._arrays.base import BASE, is_adapted, roles
 from .._model.merge import origin, refuse_partial
-from .._model.paths import dotted, is_adapted, is_float, is_value, leaves_of, named
+from .._model.paths import dotted, is_value, leaves_of, named
 from .._model.training import partition
 from .description import build, describe, describe_layer
 from .exchange import (
@@ -37,9 +36,10 @@ from .files import (
     write_tensors,
     written_whole,
 )
+from .version_1 import upgraded
 
 
-VERSION = 1
+VERSION = 2
 _KEY = "lora_quax"  # Of the metadata; one, because the library does not sort them.
 
 
@@ -165,26 +165,10 @@ def written(model: PyTree) -> tuple[PyTree, PyTree]:
 
     **Raises:** `ValueError` if there is nothing to write.
     """
-    spec = jax.tree.map(_is_written, model, is_leaf=is_adapted)
+    spec = jax.tree.map(lambda name: name != BASE, roles(model))
     if not any(jax.tree.leaves(spec)):
         return partition(model)  # Raises, with the reason.
     return eqx.partition(model, spec)
-
-
-def _is_written(node) -> Any:
-    """Which leaves of a node are written, as the prefix of a filter spec."""
-    if isinstance(node, LowRankArray):
-        return node.replace(a=True, b=True)
-    if isinstance(node, FullArray):
-        return make(FullArray, base=False, value=True)
-    if isinstance(node, LoraArray):
-        base: Any = False
-        if is_adapted(node.base):
-            base = _is_written(node.base)
-        elif not node.stop_gradient:
-            base = jax.tree.map(is_float, node.base)
-        return node.replace(base=base, delta=_is_written(node.delta))
-    return False
 
 
 def read_adapter(path: str | os.PathLike) -> Adapter:
@@ -207,6 +191,11 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         version, weights = about["version"], about["weights"]
         if type(version) is not int or version < 1 or not isinstance(weights, dict):
             raise TypeError(f"it is of version {version!r}")
+        if version == 1:
+            weights = {
+                name: {**upgraded(said), "layer": said["layer"]}
+                for name, said in weights.items()
+            }
     except (KeyError, TypeError, ValueError) as e:
         raise AdapterError(f"{path}: its description cannot be read: {e!r}.") from e
     if version > VERSION:

@@ -10,9 +10,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.array import LoraArray, LowRankArray
+from .._arrays.base import BASE, roles
 from .._model.merge import origin
-from .._model.paths import is_adapted, is_array, leaves_of, named
+from .._model.paths import is_array, leaves_of, named
 from .files import refuse
 
 
@@ -33,7 +33,7 @@ def refuse_changed(model: PyTree, base: PyTree) -> None:
         named(place.path)
         for place in leaves_of(model)
         if is_array(place.value)
-        and not _base_is_written(place.value)
+        and BASE in jax.tree.leaves(roles(place.value))
         and not same_bits(origin(place.value), before.get(place.path))
     ]
     if changed:
@@ -42,15 +42,6 @@ def refuse_changed(model: PyTree, base: PyTree) -> None:
             "`base`. Train them with the spec 'full' of `loraify`, or leave them as "
             "they are: `lora_quax.partition` gives an optimiser what trains."
         )
-
-
-def _base_is_written(x) -> bool:
-    """Whether there is nothing below the arrays of ours that is left out."""
-    if isinstance(x, LoraArray):
-        if is_adapted(x.base):
-            return _base_is_written(x.base)
-        return not x.stop_gradient
-    return isinstance(x, LowRankArray)
 
 
 def same_bits(x, y) -> bool:

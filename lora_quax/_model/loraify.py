@@ -1,5 +1,6 @@
 """From a model to a model whose weights have low-rank updates."""
 
+import collections
 import functools as ft
 import hashlib
 import warnings
@@ -14,9 +15,19 @@ from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import init
-from .._arrays.array import LoraArray, LowRankArray, make
-from .._arrays.check import aval_of, check_alpha, check_key, check_rank
+from .._arrays.base import make
+from .._arrays.check import (
+    aval_of,
+    check_alpha,
+    check_factor_dtype,
+    check_key,
+    check_number,
+    check_rank,
+    default_dtype,
+)
 from .._arrays.full import FullArray
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
 from ..init import Initialiser
 from .paths import is_value, Leaf, named
 from .select import select
@@ -34,6 +45,7 @@ class _Plan(NamedTuple):
     dtype: np.dtype
     rows: int
     cols: int
+    allow_materialise: bool
     abstract: bool
 
 
@@ -42,11 +54,11 @@ def loraify(
     rank: int,
     key: PRNGKeyArray | jax.ShapeDtypeStruct,
     *,
-    alpha: int | float | None = None,
+    alpha: Any = None,
     targets: Targets | None = None,
     init_a: Initialiser | None = None,
     init_b: Initialiser = init.zeros,
-    scale: int | float | None = None,
+    scale: Any = None,
     dtype: Any = None,
     stop_gradient: bool = True,
     allow_materialise: bool = False,
@@ -115,11 +127,13 @@ def loraify(
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     chosen = select(model, targets)
     plans = {
-        i: _plan(leaf, choice.spec, defaults)
+        i: _plan(leaf, choice.spec, defaults, allow_materialise)
         for i, (leaf, choice) in enumerate(chosen)
         if choice is not None and isinstance(choice.spec, Adapt)
     }
-    deltas = _draw_all({chosen[i][0].path: plan for i, plan in plans.items()}, key)
+    if isinstance(key, jax.ShapeDtypeStruct):
+        _refuse_concrete(chosen, plans)
+    deltas = _draw_all(plans, _words([leaf.path for leaf, _ in chosen]), key)
     for i, (leaf, choice) in enumerate(chosen):
         if choice is None or choice.spec == "freeze":
             continue
@@ -132,27 +146,23 @@ def loraify(
                 else FullArray(leaf.value)
             )
             continue
-        delta = deltas[leaf.path].replace(allow_materialise=allow_materialise)
         concrete = isinstance(leaf.value, np.ndarray)
         leaves[i] = make(
             LoraArray,
             base=jnp.asarray(leaf.value) if concrete else leaf.value,
-            delta=delta,
+            delta=deltas[i],
             stop_gradient=stop_gradient,
-            allow_materialise=allow_materialise,
+            stopped=False,
         )
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt) -> _Plan:
+def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, allow_materialise: bool) -> _Plan:
     """The spec of a weight, completed: its own, then loraify's, then the layer's."""
     aval = aval_of(leaf.value)
     rank = check_rank(defaults.rank if spec.rank is None else spec.rank)
     alpha = defaults.alpha if spec.alpha is None else spec.alpha
     dtype = spec.dtype if spec.dtype is not None else defaults.dtype
-    if dtype is None:
-        wide = jnp.dtype(aval.dtype).itemsize >= 4
-        dtype = aval.dtype if wide else jnp.float32
     rows, cols = leaf.axes
     inner = jax.tree.leaves(leaf.value)
     return _Plan(
@@ -161,15 +171,27 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt) -> _Plan:
         alpha=check_alpha(alpha, rank),
         init_a=_init_a(spec) or _init_a(defaults) or _layer_init_a(leaf),
         init_b=spec.init_b or defaults.init_b or init.zeros,
-        dtype=jnp.dtype(dtype),
+        dtype=default_dtype(aval) if dtype is None else check_factor_dtype(dtype),
         rows=spec.rows or rows,
         cols=spec.cols or cols,
+        allow_materialise=allow_materialise,
         abstract=any(isinstance(x, jax.ShapeDtypeStruct) for x in inner),
     )
 
 
+def _refuse_concrete(chosen, plans: dict[int, _Plan]) -> None:
+    concrete = [named(chosen[i][0].path) for i in plans if not plans[i].abstract]
+    if concrete:
+        raise TypeError(
+            "`key` is abstract, and the model is not: no factors can be drawn for "
+            f"{', '.join(concrete[:8])}. Give a key from `jax.random.key`."
+        )
+
+
 def _init_a(spec: Adapt) -> Initialiser | None:
-    return init.gaussian(spec.scale) if spec.scale is not None else spec.init_a
+    if spec.scale is None:
+        return spec.init_a
+    return init.gaussian(check_number("scale", spec.scale))
 
 
 def _layer_init_a(leaf: Leaf) -> Initialiser:
@@ -177,20 +199,20 @@ def _layer_init_a(leaf: Leaf) -> Initialiser:
     return init.gaussian(1.0) if is_embedding else init.uniform
 
 
-def _draw_all(plans: dict[str, _Plan], key) -> dict[str, LowRankArray]:
-    """The updates of all weights, by path, in one compiled call."""
+def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, LowRankArray]:
+    """The updates of all weights, by number of the leaf, in one compiled call."""
     out = {}
     for abstract in (False, True):
-        groups: dict[_Plan, list[str]] = {}
-        for path, plan in plans.items():
+        groups: dict[_Plan, list[int]] = {}
+        for i, plan in plans.items():
             if plan.abstract == abstract:
-                groups.setdefault(plan, []).append(path)
+                groups.setdefault(plan, []).append(i)
         if groups:
-            words = [np.stack([_words(p) for p in paths]) for paths in groups.values()]
+            stacked = [np.stack([words[i] for i in group]) for group in groups.values()]
             draw = ft.partial(eqx.filter_eval_shape, _draw) if abstract else _draw_jit
-            drawn = draw(tuple(groups), key, words)
-            for paths, deltas in zip(groups.values(), drawn):
-                out.update(zip(paths, deltas))
+            drawn = draw(tuple(groups), key, stacked)
+            for group, deltas in zip(groups.values(), drawn):
+                out.update(zip(group, deltas))
     return out
 
 
@@ -216,10 +238,19 @@ def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[LowRankArray]]:
 _draw_jit = eqx.filter_jit(_draw)
 
 
-def _words(path: str) -> np.ndarray:
-    """A path as 64 bits, to be folded into a key."""
-    digest = hashlib.sha256(path.encode()).digest()
-    return np.frombuffer(digest[:8], dtype="<u4").astype(np.uint32)
+def _words(paths: list[str]) -> list[np.ndarray]:
+    """Each path as 64 bits, to be folded into a key.
+
+    Of several arrays with one path, as `{"a.b": x, "a": {"b": y}}` has, the later ones
+    are told apart by their order.
+    """
+    out, seen = [], collections.Counter()
+    for path in paths:
+        text = path if not seen[path] else f"{path}\0{seen[path]}"
+        seen[path] += 1
+        digest = hashlib.sha256(text.encode()).digest()
+        out.append(np.frombuffer(digest[:8], dtype="<u4").astype(np.uint32))
+    return out
 
 
 def _warn_of_wrapper(leaf: Leaf) -> None:

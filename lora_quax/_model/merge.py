@@ -1,6 +1,7 @@
 """Out of the adapted model: with the updates folded in, or taken out."""
 
 import collections
+from collections.abc import Iterator
 from typing import Any
 
 import equinox as eqx
@@ -11,9 +12,19 @@ import quax
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.array import add, FactoredArray, LoraArray
-from .._arrays.full import FullArray
-from .paths import dotted, is_adapted, named
+from .._arrays.base import (
+    BASE,
+    base_of,
+    dense,
+    fields_of,
+    is_adapted,
+    lower,
+    lowered_type,
+    roles,
+    with_base,
+)
+from .._arrays.lora import add, LoraArray
+from .paths import dotted, join, named
 
 
 def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) -> PyTree:
@@ -43,14 +54,13 @@ def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) ->
     seen = collections.Counter(map(id, jax.tree.leaves(model)))
 
     def merged(x):
-        if isinstance(x, FullArray):
-            return x.value
-        if not isinstance(x, LoraArray):
-            return _run(_dense, x)
-        once = all(seen[id(y)] == 1 for y in jax.tree.leaves(x.base))
-        if donate and once:
-            return _run_donating(x.replace(base=None), x.base)
-        return _run(_dense, x)
+        if not is_adapted(lowered_type(x)):
+            return lower(x)
+        base = base_of(x)
+        once = all(seen[id(y)] == 1 for y in jax.tree.leaves(base))
+        if donate and once and not is_adapted(base):
+            return _run_donating(x, base)
+        return _run(x)
 
     return jax.tree.unflatten(
         treedef, [merged(x) if is_adapted(x) else x for _, x in leaves]
@@ -74,15 +84,15 @@ def unload(model: PyTree) -> PyTree:
 
 
 def origin(x) -> Any:
-    """What an array was before it was adapted."""
-    while isinstance(x, LoraArray | FullArray):
-        x = x.base
+    """What an array was before it was adapted; an update alone was nothing."""
+    while is_adapted(x) and (base := base_of(x)) is not None:
+        x = base
     return x
 
 
 def _base(path: str, x) -> Any:
     x = origin(x)
-    if isinstance(x, FactoredArray):
+    if is_adapted(x):
         raise ValueError(
             f"{named(path)} is a low-rank array with no base, so that nothing would be "
             "left of it. `lora_quax.merge` gives its dense array."
@@ -105,58 +115,79 @@ def _adapted(model) -> tuple[list[tuple[str, Any]], Any]:
 
 
 def refuse_missing(path: str, x) -> None:
+    """**Raises:** `ValueError` if a field of an adapted weight has lost its array."""
+    for name in _missing(x):
+        raise ValueError(
+            f"{named(path)} has None for its `{name}`: the model has been partitioned "
+            "or filtered. Put the parts together first, with `equinox.combine`."
+        )
+
+
+def _missing(x) -> Iterator[str]:
+    """The fields of an adapted weight that hold nothing.
+
+    A value of another library may have optional parts, so of its leaves one is enough.
+    """
     if not is_adapted(x):
         return
-    for keys, y in jtu.tree_flatten_with_path(x, is_leaf=lambda y: y is None)[0]:
-        if y is None:
-            raise ValueError(
-                f"{named(path)} has None for its `{dotted(keys)}`: the model has been "
-                "partitioned or filtered. Put the parts together first, with "
-                "`equinox.combine`."
-            )
+    for field in fields_of(type(x), static=False):
+        value = getattr(x, field.name)
+        if is_adapted(value):
+            yield from (join(field.name, name) for name in _missing(value))
+        elif not jax.tree.leaves(value):
+            yield field.name
 
 
-def _dense(x):
-    """The dense array; bit-identical to the base where the update is zero.
+@jax.custom_jvp
+def _sum(base, delta):
+    """`base + delta`, and the base, bit for bit, where the update is zero.
 
-    The selection has no place in `LoraArray.dense`, which is differentiated: it would
-    cut off the gradient of an update that is still zero.
+    For -0 + 0 is +0. The selection is not differentiated: it would cut off the gradient
+    of an update that is still zero.
     """
+    return jnp.where(delta == 0, base, add(base, delta))
+
+
+@_sum.defjvp
+def _(primals, tangents):
+    return _sum(*primals), add(*tangents)
+
+
+def _merged(x):
+    """The dense array, in which a zero update leaves no trace."""
+    x = lower(x)
     if isinstance(x, LoraArray):
-        base, delta = _dense(x.base), x.delta.dense()
-        return jnp.where(delta == 0, base, add(base, delta))  # -0 + 0 would be +0.
-    if isinstance(x, FactoredArray):
-        return x.dense()
-    return type(x).materialise(x) if isinstance(x, quax.ArrayValue) else x
+        return _sum(_merged(x.frozen_base()), x.delta.lower().product())
+    return dense(x)
 
 
-def _dense_from(x: LoraArray, base):
-    return _dense(x.replace(base=base))
+_merged_jit = eqx.filter_jit(_merged)
 
 
-_dense_jit = eqx.filter_jit(_dense)
-_dense_donating = eqx.filter_jit(_dense_from, donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first")
+def _merged_donating(x, base):
+    return _merged(with_base(x, base))
 
 
-def _run(fun, x):
+def _run(x):
     if any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x)):
-        return eqx.filter_eval_shape(fun, x)
-    return _dense_jit(x)
+        return eqx.filter_eval_shape(_merged, x)
+    return _merged_jit(x)
 
 
-def _run_donating(x: LoraArray, base):
+def _run_donating(x, base):
     leaves = jax.tree.leaves(base)
     if not all(isinstance(y, jax.Array) for y in leaves) or any(
         isinstance(y, Tracer) for y in leaves
     ):
-        return _run(_dense, x.replace(base=base))
+        return _run(x)
     if isinstance(base, quax.Value):
         # Of another type than the merged weight, so it can be freed but not reused.
-        out = _dense_jit(x.replace(base=base))
+        out = _merged_jit(x)
         for y in leaves:
             y.delete()
         return out
-    return _dense_donating(x, base)
+    return _merged_donating(with_base(x, None), base)
 
 
 @eqx.filter_jit
@@ -180,8 +211,4 @@ def _refuse_non_finite(leaves) -> None:
 
 def _learnt(x) -> list[Any]:
     """What training has put into an adapted weight."""
-    if isinstance(x, FullArray):
-        return [x.value]
-    if isinstance(x, LoraArray):
-        return [x.delta, *(_learnt(x.base) if is_adapted(x.base) else [])]
-    return [x]
+    return jax.tree.leaves(eqx.filter(x, jax.tree.map(lambda r: r != BASE, roles(x))))

@@ -10,9 +10,7 @@ import jax.tree_util as jtu
 import numpy as np
 import quax
 
-from .._arrays.array import FactoredArray
 from .._arrays.check import aval_of
-from .._arrays.full import FullArray
 
 
 _NORMS = (
@@ -66,10 +64,6 @@ def is_array(x) -> bool:
 
 def is_float(x) -> bool:
     return is_array(x) and jnp.issubdtype(aval_of(x).dtype, jnp.floating)
-
-
-def is_adapted(x) -> bool:
-    return isinstance(x, FactoredArray | FullArray)
 
 
 class Leaf(NamedTuple):

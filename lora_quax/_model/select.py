@@ -12,8 +12,9 @@ from typing import NamedTuple
 import equinox as eqx
 import numpy as np
 
+from .._arrays.base import is_adapted
 from .._arrays.check import aval_of
-from .paths import is_adapted, is_array, is_float, join, known_axes, Leaf, named, walk
+from .paths import is_array, is_float, join, known_axes, Leaf, named, walk
 from .targets import (
     Adapt,
     DEFAULT_LAYERS,

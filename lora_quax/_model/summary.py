@@ -2,7 +2,7 @@
 
 import io
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.tree_util as jtu
 import quax
@@ -11,9 +11,9 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from .._arrays.array import LoraArray, LowRankArray
+from .._arrays.base import BASE, base_of, FROZEN, is_adapted, lowered_type, roles
 from .._arrays.check import aval_of
-from .._arrays.full import FullArray
+from .._arrays.low_rank import LowRankArray
 from .merge import refuse_missing
 from .paths import dotted, is_float
 
@@ -135,37 +135,49 @@ def summary(model: PyTree) -> Summary:
         refuse_missing(path, x)
         x_trains, x_frozen = _count(x)
         trains, frozen = trains + x_trains, frozen + x_frozen
-        if isinstance(x, LoraArray | LowRankArray | FullArray):
-            shape = tuple(aval_of(x).shape)
-            full = isinstance(x, FullArray)
-            rank, scaling = (None, None) if full else (x.rank, x.scaling)
-            most = None if full else _max_rank(x)
-            rows.append(Row(path, shape, rank, scaling, x_trains, x_frozen, most))
+        if is_adapted(x):
+            shape, update = tuple(aval_of(x).shape), _update(lowered_type(x))
+            facts = (None, None, None)  # Of an array that has no update of some rank.
+            if update is not None:
+                facts = update.rank, update.scaling, _max_rank(update)
+            rows.append(Row(path, shape, *facts[:2], x_trains, x_frozen, facts[2]))
     return Summary(tuple(rows), trains, frozen)
 
 
-def _max_rank(x: LoraArray | LowRankArray) -> int:
-    delta = x.delta if isinstance(x, LoraArray) else x
-    shape = aval_of(delta).shape[delta.n_batch :]
-    return min(math.prod(shape[: delta.rows]), math.prod(shape[delta.rows :]))
+def _update(lowered) -> LowRankArray | None:
+    """The update in a lowered array, if there is one: that which was put on last."""
+    while is_adapted(lowered) and not isinstance(lowered, LowRankArray):
+        lowered = lowered_type(getattr(lowered, "delta", lowered.base))
+    return lowered if is_adapted(lowered) else None
+
+
+def _max_rank(update: LowRankArray) -> int:
+    shape = update.shape[update.n_batch :]
+    return min(math.prod(shape[: update.rows]), math.prod(shape[update.rows :]))
 
 
 def _count(x) -> tuple[int, int]:
-    """How many parameters of a leaf train and how many do not."""
-    if isinstance(x, LowRankArray):
-        return x.a.size + x.b.size, 0
-    if isinstance(x, FullArray):
-        return _size(x), 0
-    if isinstance(x, LoraArray):
-        trains, frozen = _count(x.base)
-        if x.stop_gradient:
-            trains, frozen = 0, trains + frozen
-        elif not isinstance(x.base, quax.Value):
-            trains, frozen = frozen, 0
-        return trains + _count(x.delta)[0], frozen
-    is_parameter = isinstance(x, quax.ArrayValue) or is_float(x)
-    return 0, _size(x) if is_parameter else 0
+    """How many parameters of a leaf of the model train, and how many do not.
+
+    Of a value of another library the elements count, not what they are stored as.
+    """
+    if not is_adapted(x):
+        is_parameter = isinstance(x, quax.ArrayValue) or is_float(x)
+        return 0, _size(x) if is_parameter else 0
+    names = jtu.tree_leaves(roles(x))
+    sizes = [math.prod(leaf.shape) for leaf in jtu.tree_leaves(x)]
+    trains = sum(n for n, name in zip(sizes, names) if name not in (BASE, FROZEN))
+    frozen = sum(n for n, name in zip(sizes, names) if name == FROZEN)
+    return trains, frozen + (_size(_used(x)) if BASE in names else 0)
+
+
+def _used(x) -> Any:
+    """The weight that is still used of what an array is around: an original beside the
+    value that has taken its place is not."""
+    while is_adapted(x):
+        x = base_of(x) if is_adapted(lowered_type(x)) else None
+    return x
 
 
 def _size(x) -> int:
-    return math.prod(aval_of(x).shape)
+    return 0 if x is None else math.prod(aval_of(x).shape)

@@ -6,10 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 
-from .._arrays.check import check_alpha, check_rank
+from .._arrays.check import (
+    check_alpha,
+    check_factor_dtype,
+    check_number,
+    check_rank,
+)
 from ..init import Initialiser
 
 
@@ -27,10 +31,10 @@ class Adapt:
     """
 
     rank: int | None = None
-    alpha: int | float | None = None
+    alpha: Any = None
     init_a: Initialiser | None = None
     init_b: Initialiser | None = None
-    scale: int | float | None = None
+    scale: Any = None
     dtype: Any = None
     rows: int | None = None
     cols: int | None = None
@@ -48,14 +52,10 @@ class Adapt:
                 )
         if self.init_a is not None and self.scale is not None:
             raise ValueError("Give either `init_a` or `scale`, not both.")
-        if self.scale is not None and (
-            isinstance(self.scale, bool) or not isinstance(self.scale, int | float)
-        ):
-            raise TypeError(f"`scale` must be a Python number, got {self.scale!r}.")
-        if self.dtype is not None and not jnp.issubdtype(self.dtype, jnp.floating):
-            raise TypeError(
-                f"`dtype` must be a floating-point type, got {self.dtype!r}."
-            )
+        if self.scale is not None:
+            check_number("scale", self.scale)
+        if self.dtype is not None:
+            check_factor_dtype(self.dtype)
         for name in ("rows", "cols"):
             n = getattr(self, name)
             if n is not None and (isinstance(n, bool) or not isinstance(n, int)):

@@ -1,26 +1,17 @@
 """Which leaves train, and gradients of those alone.
 
-They are found by the type of the node that holds them and by their field, never by
-their identity, so that abstract and partitioned trees read the same.
+They are found by the role of the field that holds them, never by their identity, so
+that abstract and partitioned trees read the same.
 """
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import PyTree
 
-from .._arrays.array import LoraArray, LowRankArray, make
-from .._arrays.full import FullArray
-
-
-def is_ours(x) -> bool:
-    """Whether a node is one of the arrays that hold what trains."""
-    return isinstance(x, LoraArray | LowRankArray | FullArray)
+from .._arrays.base import BASE, FROZEN, roles
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -49,34 +40,11 @@ def labels(tree: PyTree) -> PyTree:
     - `"a"`, `"b"`: a factor of a low-rank update;
     - `"full"`: an array that trains as a whole: the value of a `FullArray`, or the base
         of a `LoraArray` with `stop_gradient=False`;
+    - `"scale"`: that of a `ScaledArray`, or whatever another form of adaptation calls
+        what trains of it;
     - `"frozen"`: anything else.
     """
-    return jax.tree.map(_label, tree, is_leaf=is_ours)
-
-
-def _label(node) -> Any:
-    if isinstance(node, LowRankArray):
-        return node.replace(a=_fill(node.a, "a"), b=_fill(node.b, "b"))
-    if isinstance(node, LoraArray):
-        base = _fill(node.base, "frozen")
-        if not node.stop_gradient:
-            base = jax.tree.map(_label_base, node.base, is_leaf=is_ours)
-        return node.replace(base=base, delta=_label(node.delta))
-    if isinstance(node, FullArray):
-        base, value = _fill(node.base, "frozen"), _fill(node.value, "full")
-        return make(FullArray, base=base, value=value)
-    return "frozen"
-
-
-def _label_base(node) -> Any:
-    if is_ours(node):
-        return _label(node)
-    dtype = getattr(node, "dtype", np.dtype(bool))
-    return "full" if jnp.issubdtype(dtype, jnp.floating) else "frozen"
-
-
-def _fill(tree, label: str):
-    return jax.tree.map(lambda _: label, tree)
+    return jax.tree.map(lambda name: FROZEN if name == BASE else name, roles(tree))
 
 
 def trainable(model: PyTree) -> PyTree:
@@ -97,7 +65,7 @@ def trainable(model: PyTree) -> PyTree:
     **Returns:** the same tree with `True` at the factors, the values of `FullArray`s
     and the bases that are not frozen, and `False` at every other leaf.
     """
-    return jax.tree.map(lambda label: label != "frozen", labels(model))
+    return jax.tree.map(lambda label: label != FROZEN, labels(model))
 
 
 def partition(model: PyTree) -> tuple[PyTree, PyTree]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import reshard
 
-from .._arrays.array import LowRankArray, scale
+from .._arrays.low_rank import LowRankArray, preferred, scaled
 from .._arrays.thin_dot import arrange, contract
 from .layout import COL, groups, ROW
 from .register import linear, NotLazy
@@ -55,9 +55,6 @@ def conv_general_dilated(
             f"dimension_numbers say out={out_axis}, in={in_axis}"
         )
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    if preferred_element_type is not None:
-        preferred_element_type = jnp.promote_types(dtype, preferred_element_type)
-
     params = dict(precision=precision, preferred_element_type=preferred_element_type)
     x, kernel, point = (y.astype(dtype) for y in (x, kernel, point))
     spec = tuple(range(len(lhs_spec)))  # Of our kernels: (out, in, *window).
@@ -73,7 +70,8 @@ def conv_general_dilated(
             lax.ConvDimensionNumbers(*numbers),
             feature_group_count,
             batch_groups,
-            **params,
+            precision,
+            preferred(preferred_element_type, x),
             **of_result,
         )
 
@@ -82,20 +80,22 @@ def conv_general_dilated(
         down = arrange(kernel, labels, ["rank", in_axis, *window])
         down = jnp.tile(down, (feature_group_count, *(1,) * (len(spec) - 1)))
         z = convolve(x, down, (lhs_spec, spec, out_spec), 1)
-        up = scale(arrange(point, point_labels, [out_axis, "rank"]), w.scaling)
+        up = arrange(point, point_labels, [out_axis, "rank"])
+        z, up = scaled(z, up.astype(z.dtype), w.scaling)
         n_groups = feature_group_count * batch_group_count
         if n_groups > 1:
             up = up.reshape(n_groups, -1, w.rank)
         z, z_labels = _split(z, out_spec, feature_group_count, batch_group_count)
-        out = _at_each_point(z, z_labels, up.astype(z.dtype), out_spec, **params)
+        out = _at_each_point(z, z_labels, up, out_spec, **params)
         out_sharding = of_result.get("out_sharding")
         return out if out_sharding is None else reshard(out, out_sharding)
     x, x_labels = _split(x, lhs_spec, feature_group_count, 1)
     down = arrange(point, point_labels, ["rank", in_axis])
     z = _at_each_point(x, x_labels, down, lhs_spec, **params)
-    up = scale(arrange(kernel, labels, [out_axis, "rank", *window]), w.scaling)
+    up = arrange(kernel, labels, [out_axis, "rank", *window])
+    z, up = scaled(z, up.astype(z.dtype), w.scaling)
     numbers = lhs_spec, spec, out_spec
-    return convolve(z, up.astype(z.dtype), numbers, batch_group_count, **of_result)
+    return convolve(z, up, numbers, batch_group_count, **of_result)
 
 
 def _split(x, spec, feature_groups: int, batch_groups: int):
@@ -128,7 +128,7 @@ def _at_each_point(x, labels, matrix, spec, *, precision, preferred_element_type
         v_labels,
         keep=["group"],
         precision=precision,
-        preferred_element_type=preferred_element_type,
+        preferred_element_type=preferred(preferred_element_type, u),
     )
     # The new features stand where the old ones stood, as (group, out).
     grouped = ["group"] if "group" in labels else []

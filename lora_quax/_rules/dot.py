@@ -13,25 +13,33 @@ import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
-from .._arrays.array import add, FactoredArray, LoraArray, LowRankArray, scale
+from .._arrays.lora import add, LoraArray
+from .._arrays.low_rank import LowRankArray, preferred, scaled
+from .._arrays.scaled import ScaledArray
 from .._arrays.stored import stored
 from .._arrays.thin_dot import arrange, contract, label_sharding
 from .._compat import ragged_dot_general_p
 from .register import linear, NotLazy
+from .scaled import scaled_product
 
 
-def _product(x, w: FactoredArray, axes, out_sharding, precision, dtype):
+# The arrays that lower no further.
+Lowered = LowRankArray | LoraArray | ScaledArray
+
+
+def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
     """`x · w`, its axes labelled and in the order `(*batch, *x_free, *w_free)`.
 
     `axes` are the labels of `x` and of `w`, and those that are not contracted.
     """
     x_labels, w_labels, keep = axes
     params = dict(precision=precision, preferred_element_type=dtype)
+    if isinstance(w, ScaledArray):
+        return scaled_product(x, w, axes, out_sharding=out_sharding, **params)
     if isinstance(w, LowRankArray):
         out, labels = _low_rank_product(x, w, axes, out_sharding, **params)
         result = dtype or jnp.promote_types(x.dtype, w.dtype)
         return lax.convert_element_type(out, result), labels
-    assert isinstance(w, LoraArray)
     # Its cotangent, a sum over both products, is stored as the result is.
     x = stored(x)
     out, labels = contract(
@@ -44,7 +52,8 @@ def _product(x, w: FactoredArray, axes, out_sharding, precision, dtype):
         dot=lax.dot_general,
         **params,
     )
-    delta, delta_labels = _low_rank_product(x, w.delta, axes, out_sharding, **params)
+    update = w.delta.lower()
+    delta, delta_labels = _low_rank_product(x, update, axes, out_sharding, **params)
     return stored(add(out, arrange(delta, delta_labels, labels))), labels
 
 
@@ -63,30 +72,30 @@ def _low_rank_product(
         first, second = second, first
 
     dtype = jnp.promote_types(x.dtype, jnp.promote_types(w.a.dtype, w.b.dtype))
-    if preferred_element_type is not None:
-        preferred_element_type = jnp.promote_types(dtype, preferred_element_type)
-    params = dict(precision=precision, preferred_element_type=preferred_element_type)
     cast = quax.quaxify(lambda y, dtype: y.astype(dtype))
     (u, u_labels), (v, v_labels) = first, second
+    x = cast(x, dtype)
     z, z_labels = contract(
-        cast(x, dtype),
+        x,
         x_labels,
         cast(u, dtype),
         u_labels,
         # What the second factor holds too is contracted with it.
         keep=[*keep, *v_labels],
         out_sharding=out_sharding,
-        **params,
+        precision=precision,
+        preferred_element_type=preferred(preferred_element_type, x),
     )
-    z = scale(z, w.scaling)
+    z, v = scaled(z, cast(v, z.dtype), w.scaling)
     return contract(
         z,
         z_labels,
-        cast(v, z.dtype),
+        v,
         v_labels,
         keep=keep,
         out_sharding=out_sharding,
-        **params,
+        precision=precision,
+        preferred_element_type=preferred(preferred_element_type, z),
     )
 
 
@@ -140,21 +149,21 @@ def _dot_general(
 
 
 @quax.register(lax.dot_general_p)
-def _(x: ArrayLike | quax.ArrayValue, w: FactoredArray, *, dimension_numbers, **params):
+def _(x: ArrayLike | quax.ArrayValue, w: Lowered, *, dimension_numbers, **params):
     ((x_contract, w_contract), (x_batch, w_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
     return _dot_general(x, w, numbers, False, **params)
 
 
 @quax.register(lax.dot_general_p)
-def _(w: FactoredArray, x: ArrayLike | quax.ArrayValue, *, dimension_numbers, **params):
+def _(w: Lowered, x: ArrayLike | quax.ArrayValue, *, dimension_numbers, **params):
     ((w_contract, x_contract), (w_batch, x_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
     return _dot_general(x, w, numbers, True, **params)
 
 
 @quax.register(lax.dot_general_p)
-def _(x: FactoredArray, w: FactoredArray, *, dimension_numbers, **params):
+def _(x: Lowered, w: Lowered, *, dimension_numbers, **params):
     # Distribute over one side; each product then dispatches again on the other.
     ((x_contract, w_contract), (x_batch, w_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
@@ -169,7 +178,9 @@ def _(
     *,
     ragged_dot_dimension_numbers,
     group_offset,
-    **params,
+    precision,
+    preferred_element_type,
+    **of_result,
 ):
     """A mixture of experts: rows of `x`, sorted by expert, meet its factors."""
     numbers = ragged_dot_dimension_numbers
@@ -178,26 +189,32 @@ def _(
     if any(batch) or numbers.rhs_group_dimensions != (0,) or w.n_batch != 1:
         raise NotLazy("the experts must be the weight's one batch axis, the first")
     a, b = (w.a, a_labels), (w.b, b_labels)
-    for first, second in ((a, b), (b, a)):
-        if set(w_contract) == set(first[1]) - {0, "rank"}:
+    for (u, u_labels), (v, v_labels) in ((a, b), (b, a)):
+        if set(w_contract) == set(u_labels) - {0, "rank"}:
             break
     else:
         raise NotLazy("the contracted axes must be all the rows or all the columns")
     dtype = jnp.promote_types(x.dtype, w.dtype)
 
-    def product(x, x_contract, ragged, factor, labels, contract):
+    # `of_result` is `out_sharding`, which JAX has from 0.11 on.
+    def product(x, x_contract, ragged, factor, labels, contract, **of_result):
         dot_numbers = ((x_contract, tuple(map(labels.index, contract))), ((), ()))
         return lax.ragged_dot_general(
-            x.astype(dtype),
-            factor.astype(dtype),
+            x,
+            factor,
             group_sizes,
             lax.RaggedDotDimensionNumbers(dot_numbers, ragged, (0,)),
             group_offset=group_offset,
-            **params,
+            precision=precision,
+            preferred_element_type=preferred(preferred_element_type, x),
+            **of_result,
         )
 
-    z = product(x, x_contract, numbers.lhs_ragged_dimensions, *first, w_contract)
+    rows = numbers.lhs_ragged_dimensions
+    x, u = x.astype(dtype), u.astype(dtype)
+    z = product(x, x_contract, rows, u, u_labels, w_contract)
     free = [i for i in range(x.ndim) if i not in x_contract]
-    ragged = tuple(map(free.index, numbers.lhs_ragged_dimensions))
     # z: (*x_free, rank)
-    return scale(product(z, (z.ndim - 1,), ragged, *second, ["rank"]), w.scaling)
+    z, v = scaled(z, v.astype(z.dtype), w.scaling)
+    rows = tuple(map(free.index, rows))
+    return product(z, (z.ndim - 1,), rows, v, v_labels, ["rank"], **of_result)

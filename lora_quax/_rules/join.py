@@ -1,50 +1,108 @@
 """Sums and joins: operations of several weights, or of weights and plain arrays.
 
 A sum of low-rank arrays is low rank: their factors stand side by side along the rank. A
-concatenation is a sum of padded arrays, and a selection a sum of masked ones.
+concatenation is a sum of padded arrays, and a selection a sum of masked ones. Arrays
+that share a factor, such as the halves of a roll, need no more rank than one of them.
 """
 
 import functools as ft
+import math
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 import quax
 from jax import lax
 
-from .._arrays.array import (
-    FactoredArray,
-    LoraArray,
-    LowRankArray,
-    make,
-    materialise_or_refuse,
-    scale,
+from .._arrays.base import dense, make, materialise_or_refuse, replace
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray, scaled
+from .._arrays.scaled import ScaledArray
+from .layout import (
+    BATCH,
+    broadcast_in_dim,
+    COL,
+    contain,
+    groups,
+    in_groups,
+    pad,
+    refuse_growth,
+    ROW,
 )
-from .layout import BATCH, broadcast_in_dim, groups, pad
 from .register import NotLazy, variadic, with_zero_base
+from .scaled import into_parts
 
 
-def low_rank_sum(deltas: Sequence[LowRankArray]) -> LowRankArray:
-    """One array with the ranks of all: `b = [s₁b₁, s₂b₂, …]`, `a = [a₁; a₂; …]`."""
+def _unscaled(d: LowRankArray) -> LowRankArray:
+    """The same array, with its scaling in `b`."""
+    b, a = scaled(d.b, d.a, d.scaling)
+    del a  # The other factor stays the very same one.
+    return replace(d, b=b, alpha=float(d.rank))
+
+
+def _alike(deltas: Sequence[LowRankArray], operation: str) -> list[LowRankArray]:
+    """Arrays of one shape, with the same axes as rows and columns, and one scaling."""
+    first, error = deltas[0], None
+    for like in deltas:  # One may be brought into the form of another, and not back.
+        try:
+            deltas = [in_groups(d, groups(like), operation) for d in deltas]
+            break
+        except NotLazy as why:
+            error = why
+    else:
+        raise NotLazy(
+            "the arrays differ in which axes are rows and which are columns, and "
+            f"{error}"
+        )
+    if any(d.scaling != first.scaling for d in deltas):
+        deltas = [_unscaled(d) for d in deltas]
+    return list(deltas)
+
+
+def low_rank_sum(deltas: Sequence[LowRankArray], operation: str) -> LowRankArray:
+    """One array with the ranks of all: `b = [b₁, b₂, …]`, `a = [a₁; a₂; …]`.
+
+    Those that have a factor in common are added in the other one first.
+
+    **Raises:** `NotLazy` if the factors would be larger than the array.
+    """
+    if len(deltas) == 1:
+        return deltas[0]
+    given = deltas = _alike(deltas, operation)
+    for shared, other in (("a", "b"), ("b", "a")):
+        sharing: dict[int, LowRankArray] = {}
+        for d in deltas:
+            same = sharing.get(id(getattr(d, shared)))
+            if same is not None:
+                d = replace(d, **{other: getattr(same, other) + getattr(d, other)})
+            sharing[id(getattr(d, shared))] = d
+        deltas = list(sharing.values())
     first = deltas[0]
     if len(deltas) == 1:
         return first
-    if any(groups(d) != groups(first) for d in deltas):
-        raise NotLazy("the arrays differ in which axes are rows and which are columns")
+    size = sum(d.a.size + d.b.size for d in deltas)
+    refuse_growth(size, given, math.prod(first.shape), operation)
     a = jnp.concatenate([d.a for d in deltas], first.n_batch)
-    b = jnp.concatenate([scale(d.b, d.scaling) for d in deltas], -1)
+    b = jnp.concatenate([d.b for d in deltas], -1)
     rank = sum(d.rank for d in deltas)
-    return first.replace(a=a, b=b, rank=rank, alpha=float(rank))
+    return replace(first, a=a, b=b, rank=rank, alpha=first.scaling * rank)
 
 
 def _join(primitive, operands, params, on_deltas, before=()):
     """The operation on the bases, plus `on_deltas(deltas)`, unsummed.
 
     A plain operand has no update, a low-rank one no base. The bases are stopped first:
-    each has a flag of its own, and a plain array among them may train.
+    each has a flag of its own, and a plain array among them may train. What is joined
+    is a new array of the program's own, so that a scale is multiplied out.
     """
+    operands = [into_parts(x) if isinstance(x, ScaledArray) else x for x in operands]
     summed = [with_zero_base(x) if isinstance(x, LowRankArray) else x for x in operands]
-    deltas = [x.delta if isinstance(x, LoraArray) else None for x in summed]
+    ours = [x for x in summed if isinstance(x, LoraArray)]
+    deltas = [x.delta.lower() if isinstance(x, LoraArray) else None for x in summed]
     bases = [x.frozen_base() if isinstance(x, LoraArray) else x for x in summed]
+    bases = [dense(x) if isinstance(x, ScaledArray) else x for x in bases]
+    bind = quax.quaxify(primitive.bind)
+    if not ours:
+        return bind(*before, *bases, **params)
     try:
         delta = on_deltas(deltas)
     except NotLazy as why:
@@ -52,12 +110,10 @@ def _join(primitive, operands, params, on_deltas, before=()):
         return materialise_or_refuse(primitive, values, params, str(why))
     return make(
         LoraArray,
-        base=quax.quaxify(primitive.bind)(*before, *bases, **params),
-        delta=delta,
-        stop_gradient=False,
-        allow_materialise=all(
-            x.allow_materialise for x in operands if isinstance(x, FactoredArray)
-        ),
+        base=bind(*before, *bases, **params),
+        delta=replace(delta, allow_materialise=all(x.allow_materialise for x in ours)),
+        stop_gradient=all(x.stop_gradient for x in ours),
+        stopped=True,
     )
 
 
@@ -65,8 +121,8 @@ def _register_sum(primitive, sign: int):
     def on_deltas(deltas):
         x, y = deltas
         if y is not None and sign < 0:
-            y = y.replace(b=-y.b)
-        return low_rank_sum([d for d in (x, y) if d is not None])
+            y = replace(y, b=-y.b)
+        return low_rank_sum([d for d in (x, y) if d is not None], "a sum")
 
     def rule(*operands, **params):
         shape = jnp.broadcast_shapes(*map(jnp.shape, operands))
@@ -89,13 +145,14 @@ def concatenate(*operands, dimension):
 
 def _concatenate(dimension, shapes, deltas):
     known = [d for d in deltas if d is not None]
-    like = {(d.rank, d.scaling, tuple(groups(d))) for d in known}
-    alike = len(known) == len(deltas) and len(like) == 1
-    if groups(known[0])[dimension] == BATCH and alike:
-        # Along a batch axis the factors lie side by side, and the rank stays.
-        a = jnp.concatenate([d.a for d in known], dimension)
-        b = jnp.concatenate([d.b for d in known], dimension)
-        return known[0].replace(a=a, b=b)
+    group = groups(known[0])[dimension]
+    if len({(d.rank, d.scaling, tuple(groups(d))) for d in known}) == 1:
+        if group == BATCH and len(known) == len(deltas):
+            return _side_by_side(deltas, shapes, dimension, "a", "b")
+        if group == ROW and len({id(d.a) for d in known}) == 1:
+            return _side_by_side(deltas, shapes, dimension, "b")
+        if group == COL and len({id(d.b) for d in known}) == 1:
+            return _side_by_side(deltas, shapes, dimension, "a")
     padded, start, total = [], 0, sum(shape[dimension] for shape in shapes)
     for delta, shape in zip(deltas, shapes):
         end = start + shape[dimension]
@@ -104,7 +161,29 @@ def _concatenate(dimension, shapes, deltas):
             config[dimension] = (start, total - end, 0)
             padded.append(pad(delta, 0, padding_config=config))
         start = end
-    return low_rank_sum(padded)
+    return low_rank_sum(padded, "a concatenation")
+
+
+def _side_by_side(deltas, shapes, dimension, *names: str) -> LowRankArray:
+    """The concatenation of arrays that share the factor not named, of those named.
+
+    A plain array among them has zeros for its part of the factor.
+    """
+    if None in deltas:
+        deltas = [d if d is None else contain(d, {dimension}) for d in deltas]
+    first = next(d for d in deltas if d is not None)
+    a_labels, b_labels, _ = first.labels
+    out = {}
+    for name, labels in ("a", a_labels), ("b", b_labels):
+        if name in names:
+            at, like = labels.index(dimension), getattr(first, name)
+            parts = []
+            for d, shape in zip(deltas, shapes):
+                size = (*like.shape[:at], shape[dimension], *like.shape[at + 1 :])
+                zeros = jnp.zeros(size, like.dtype)
+                parts.append(zeros if d is None else getattr(d, name))
+            out[name] = jnp.concatenate(parts, at)
+    return replace(first, **out)
 
 
 @variadic(lax.stack_p)
@@ -123,14 +202,26 @@ def _stack(axis, shapes, deltas):
 
 @variadic(lax.select_n_p)
 def select_n(which, *cases):
-    def on_deltas(deltas):
-        if which.ndim != 0:
-            raise NotLazy("an array masked element by element has no low rank")
-        masked = [
-            d.replace(b=jnp.where(which.astype(jnp.int32) == i, d.b, 0))
-            for i, d in enumerate(deltas)
-            if d is not None
-        ]
-        return low_rank_sum(masked)
+    return _join(lax.select_n_p, cases, {}, ft.partial(_select, which), before=(which,))
 
-    return _join(lax.select_n_p, cases, {}, on_deltas, before=(which,))
+
+def _select(which, deltas):
+    if which.ndim != 0:
+        raise NotLazy("an array masked element by element has no low rank")
+    if None not in deltas:
+        alike = _alike(deltas, "a selection")
+        for shared, other in (("a", "b"), ("b", "a")):
+            if len({id(getattr(d, shared)) for d in alike}) == 1:
+                selected = lax.select_n(which, *(getattr(d, other) for d in alike))
+                return replace(alike[0], **{other: selected})
+    masked = [
+        _masked(d, which.astype(jnp.int32) == i)
+        for i, d in enumerate(deltas)
+        if d is not None
+    ]
+    return low_rank_sum(masked, "a selection")
+
+
+def _masked(d: LowRankArray, selected) -> LowRankArray:
+    # Both factors, because zero beside an infinity is not zero.
+    return replace(d, a=jnp.where(selected, d.a, 0), b=jnp.where(selected, d.b, 0))

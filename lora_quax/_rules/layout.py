@@ -5,12 +5,13 @@ axes of both; what remains is to see that an operation does not tear a group apa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays.array import LowRankArray
+from .._arrays.base import replace
+from .._arrays.low_rank import LowRankArray
 from .._arrays.thin_dot import arrange
 from .register import linear, NotLazy, settle
 
@@ -32,14 +33,19 @@ def factor_axes(groups: Sequence[int]) -> tuple[list, list]:
     return [*batch, "rank", *cols], [*batch, *rows, "rank"]
 
 
-def on_factors(w: LowRankArray, fn: Callable, *params: tuple[Sequence, object]):
-    """`fn(factor, *lists)` of both factors.
+def on_factors(
+    w: LowRankArray, axes: Set[int], fn: Callable, *params: tuple[Sequence, object]
+):
+    """`fn(factor, *lists)` of the factors that hold one of `axes`.
 
     Each of `params` has a value for each axis of `w`, and one for the rank; a factor is
-    given the list of those for the axes that it holds.
+    given the list of those for the axes that it holds. The other factor is the very
+    same one afterwards, by which a sum of two such arrays sees what they share.
     """
 
     def apply(factor, labels):
+        if axes.isdisjoint(labels):
+            return factor
         lists = (
             [rank if i == "rank" else values[i] for i in labels]
             for values, rank in params
@@ -47,7 +53,40 @@ def on_factors(w: LowRankArray, fn: Callable, *params: tuple[Sequence, object]):
         return fn(factor, *lists)
 
     a_labels, b_labels, _ = w.labels
-    return w.replace(a=apply(w.a, a_labels), b=apply(w.b, b_labels))
+    return replace(w, a=apply(w.a, a_labels), b=apply(w.b, b_labels))
+
+
+def contained(full, full_labels, sparse, sparse_labels):
+    """Two factors, before zeros are put into the second of them.
+
+    A zero beside a factor that is not finite is no zero in the product: 0 · inf. So
+    what is not finite is taken from the first factor, and put, for the same index of
+    the rank, into the second: all there is of the array by now is spoilt, and what is
+    added to it is not. Where the factors are finite nothing changes.
+    """
+    own = [i for i in full_labels if i not in sparse_labels]
+    shared = [i for i in full_labels if i in sparse_labels]
+    bad = ~jnp.isfinite(full).all([full_labels.index(i) for i in own])
+
+    def along(labels):
+        order = [i for i in labels if i in shared]
+        others = [k for k, i in enumerate(labels) if i not in shared]
+        return jnp.expand_dims(arrange(bad, shared, order), others)
+
+    full = jnp.where(along(full_labels), 0, full)
+    return full, jnp.where(along(sparse_labels), jnp.nan, sparse)
+
+
+def contain(w: LowRankArray, axes: Set[int]) -> LowRankArray:
+    """`w`, before zeros are put in along `axes`."""
+    a_labels, b_labels, _ = w.labels
+    kinds = {group for i, group in enumerate(groups(w)) if i in axes}
+    a, b = w.a, w.b
+    if ROW in kinds:
+        a, b = contained(a, a_labels, b, b_labels)
+    if COL in kinds:
+        b, a = contained(b, b_labels, a, a_labels)
+    return replace(w, a=a, b=b)
 
 
 @linear(lax.transpose_p)
@@ -95,7 +134,20 @@ def _with_factors(w: LowRankArray, a, b, groups) -> LowRankArray:
     rank = b.shape[-1]
     alpha = w.alpha if rank == w.rank else w.alpha * (rank // w.rank)
     rows, cols = groups.count(ROW), groups.count(COL)
-    return w.replace(a=a, b=b, rank=rank, alpha=alpha, rows=rows, cols=cols)
+    return replace(w, a=a, b=b, rank=rank, alpha=alpha, rows=rows, cols=cols)
+
+
+def in_groups(w: LowRankArray, target: Sequence[int], operation: str) -> LowRankArray:
+    """`w` with each axis in its target group: batch first, then rows, then columns.
+
+    **Raises:** `NotLazy` if the factors would be larger than the array.
+    """
+    if list(target) == groups(w):
+        return w
+    factors = _change_groups(w, target, operation)
+    axes = factor_axes(target)
+    a, b = (arrange(*factor, order) for factor, order in zip(factors, axes))
+    return _with_factors(w, a, b, list(target))
 
 
 def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
@@ -114,19 +166,27 @@ def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
     for axis, (old, new) in enumerate(zip(groups(w), target)):
         if old != new:
             other = ROW if new == COL else COL
-            factors[other] = _lose(*factors[other], axis)
-            factors[new] = _block_diagonal(*factors[new], axis, w.shape[axis])
+            lost = lose(*factors[other], axis)
+            spread = _spread(*factors[new], axis, w.shape[axis])
+            lost_factor, spread_factor = contained(*lost, *spread)
+            factors[other] = lost_factor, lost[1]
+            factors[new] = _diagonal(spread_factor), spread[1]
     (a, _), (b, _) = factors[COL], factors[ROW]
-    size = a.size + b.size
-    if size > w.a.size + w.b.size and size >= w.size:
-        raise NotLazy(
-            f"{operation} mixes batch, row and column axes, and at the rank that this "
-            "takes the factors would be larger than the weight"
-        )
+    refuse_growth(a.size + b.size, [w], w.size, operation)
     return factors[COL], factors[ROW]
 
 
-def _lose(factor, labels, axis: int):
+def refuse_growth(size: int, of: Sequence[LowRankArray], dense: int, operation: str):
+    """**Raises:** `NotLazy` if factors of this size in all are larger than the array,
+    and than those they come from."""
+    if size > dense and size > max(w.a.size + w.b.size for w in of):
+        raise NotLazy(
+            f"{operation} takes a rank at which the factors would have {size} numbers, "
+            f"and the dense array has {dense}"
+        )
+
+
+def lose(factor, labels, axis: int):
     """The factor with `axis` in its rank: `(axis, rank, …)` as `(axis · rank, …)`."""
     rest = [i for i in labels if i not in (axis, "rank")]
     factor = arrange(factor, labels, [axis, "rank", *rest])
@@ -134,18 +194,23 @@ def _lose(factor, labels, axis: int):
     return factor.reshape(rank, *factor.shape[2:]), ["rank", *rest]
 
 
-def _block_diagonal(factor, labels, axis: int, size: int):
-    """The factor with `axis` in its rank and as an axis, zero where they differ."""
+def _spread(factor, labels, axis: int, size: int):
+    """The factor with `axis` in its rank and as an axis: `(axis, axis · rank, …)`."""
     rest = [i for i in labels if i not in (axis, "rank")]
     if axis in labels:
         factor = jnp.expand_dims(arrange(factor, labels, [axis, "rank", *rest]), 1)
     else:
         factor = jnp.expand_dims(arrange(factor, labels, ["rank", *rest]), (0, 1))
-    eye = jnp.eye(size, dtype=factor.dtype)
-    factor = factor * jnp.expand_dims(eye, range(2, factor.ndim))
-    # (axis, axis, rank, …) -> (axis, axis · rank, …)
-    rank = size * factor.shape[2]
-    return factor.reshape(size, rank, *factor.shape[3:]), [axis, "rank", *rest]
+    shape = size, size, *factor.shape[2:]
+    factor = jnp.broadcast_to(factor, shape)
+    return factor.reshape(size, size * shape[2], *shape[3:]), [axis, "rank", *rest]
+
+
+def _diagonal(factor):
+    """What `_spread` gives, with zeros where the two indices of the axis differ."""
+    size, rank = factor.shape[0], factor.shape[1] // factor.shape[0]
+    same = jnp.repeat(jnp.eye(size, dtype=bool), rank, 1)  # (axis, axis · rank)
+    return jnp.where(jnp.expand_dims(same, range(2, factor.ndim)), factor, 0)
 
 
 @linear(lax.reshape_p)
@@ -156,21 +221,15 @@ def reshape(w: LowRankArray, *, new_sizes, dimensions, sharding):
     shape, new_sizes = w.shape, tuple(new_sizes)
     if 0 in shape:
         raise NotLazy("the array is empty")
-    blocks = list(_blocks(shape, new_sizes))
     target, new, group = groups(w), [], BATCH
-    for before, after in blocks:
+    for before, after in blocks(shape, new_sizes):
         wide = [i for i in before if shape[i] != 1]
         # A new axis of length 1 joins the last.
         group = max([group, *(target[i] for i in wide or before)])
         for i in wide:
             target[i] = group
         new += [group] * len(after)
-    if target != groups(w):
-        operation = f"reshaping {shape} to {new_sizes}"
-        factors = _change_groups(w, target, operation)
-        axes = factor_axes(target)
-        a, b = (arrange(*f, order) for f, order in zip(factors, axes))
-        w = _with_factors(w, a, b, target)
+    w = in_groups(w, target, f"reshaping {shape} to {new_sizes}")
     return _resize(w, new_sizes, new)
 
 
@@ -180,10 +239,10 @@ def _resize(w: LowRankArray, sizes, groups):
     a = w.a.reshape([w.rank if i == "rank" else sizes[i] for i in a_axes])
     b = w.b.reshape([w.rank if i == "rank" else sizes[i] for i in b_axes])
     rows, cols = groups.count(ROW), groups.count(COL)
-    return settle(w.replace(a=a, b=b, rows=rows, cols=cols))
+    return settle(replace(w, a=a, b=b, rows=rows, cols=cols))
 
 
-def _blocks(old: Sequence[int], new: Sequence[int]):
+def blocks(old: Sequence[int], new: Sequence[int]):
     """Cuts a reshape into the smallest pairs of old axes and new ones of equal size."""
     i = j = 0
     while i < len(old) or j < len(new):
@@ -231,7 +290,7 @@ def broadcast_in_dim(w: LowRankArray, *, shape, broadcast_dimensions, sharding):
     a_labels, b_labels, _ = w.labels
     a_axes, b_axes = factor_axes(new)
     a, b = broadcast(w.a, a_labels, a_axes), broadcast(w.b, b_labels, b_axes)
-    return w.replace(a=a, b=b, rows=new.count(ROW), cols=new.count(COL))
+    return replace(w, a=a, b=b, rows=new.count(ROW), cols=new.count(COL))
 
 
 def expand(w: LowRankArray, shape: Sequence[int]) -> LowRankArray:
@@ -250,20 +309,22 @@ def rev(w: LowRankArray, *, dimensions):
     def fn(factor, flags):
         return lax.rev(factor, [i for i, flag in enumerate(flags) if flag])
 
-    return on_factors(w, fn, (flags, False))
+    return on_factors(w, {*dimensions}, fn, (flags, False))
 
 
 @linear(lax.tile_p)
 def tile(w: LowRankArray, *, reps):
-    return on_factors(w, lax.tile, (reps, 1))
+    axes = {i for i, n in enumerate(reps) if n != 1}
+    return on_factors(w, axes, lax.tile, (reps, 1))
 
 
 @linear(lax.slice_p)
 def slice_(w: LowRankArray, *, start_indices, limit_indices, strides):
     strides = [1] * w.ndim if strides is None else strides
-    return on_factors(
-        w, lax.slice, (start_indices, 0), (limit_indices, w.rank), (strides, 1)
-    )
+    cuts = list(zip(start_indices, limit_indices, strides))
+    axes = {i for i, n in enumerate(w.shape) if cuts[i] != (0, n, 1)}
+    params = (start_indices, 0), (limit_indices, w.rank), (strides, 1)
+    return on_factors(w, axes, lax.slice, *params)
 
 
 @linear(lax.split_p)
@@ -286,22 +347,52 @@ def unstack(w: LowRankArray, *, axis):
 @linear(lax.pad_p, affine=lambda params: True)
 def pad(w: LowRankArray, padding_value, *, padding_config):
     del padding_value  # The base is padded with it, and the update with zeros.
+    axes = {i for i, config in enumerate(padding_config) if any(config)}
 
     def fn(factor, config):
         return lax.pad(factor, factor.dtype.type(0), config)
 
-    return on_factors(w, fn, (padding_config, (0, 0, 0)))
+    return on_factors(contain(w, axes), axes, fn, (padding_config, (0, 0, 0)))
 
 
 @linear(lax.reduce_sum_p)
 def reduce_sum(w: LowRankArray, *, axes, out_sharding=None):
+    """Rows and columns are summed in their factor. A batch axis joins the rank, over
+    which the product is summed anyway: `Σ_e b[e, o, r] a[e, r, i]` has rank `e · r`."""
     del out_sharding
     old = groups(w)
-    if any(old[i] == BATCH for i in axes):
-        raise NotLazy("a sum over a batch axis has a higher rank")
     a_labels, b_labels, _ = w.labels
-    a = w.a.sum([i for i, label in enumerate(a_labels) if label in axes])
-    b = w.b.sum([i for i, label in enumerate(b_labels) if label in axes])
-    removed = [old[i] for i in axes]
-    rows, cols = w.rows - removed.count(ROW), w.cols - removed.count(COL)
-    return settle(w.replace(a=a, b=b, rows=rows, cols=cols))
+    a, b = (w.a, a_labels), (w.b, b_labels)
+    summed = [i for i in axes if old[i] == BATCH]
+    for i in summed:
+        a, b = lose(*a, i), lose(*b, i)
+    kept = [i for i in range(w.ndim) if i not in axes]
+    new = [old[i] for i in kept]
+
+    def rest(factor, labels, order):
+        factor = factor.sum([k for k, i in enumerate(labels) if i in axes])
+        labels = [i for i in labels if i not in axes]
+        return arrange(factor, labels, [i if i == "rank" else kept[i] for i in order])
+
+    a_order, b_order = factor_axes(new)
+    out = _with_factors(w, rest(*a, a_order), rest(*b, b_order), new)
+    if summed:
+        size = math.prod(w.shape[i] for i in kept)
+        refuse_growth(out.a.size + out.b.size, [w], size, "a sum over a batch axis")
+    return settle(out)
+
+
+def _cumulative(primitive):
+    @linear(primitive)
+    def _(w: LowRankArray, *, axis, reverse):
+        if groups(w)[axis] == BATCH:
+            raise NotLazy("running sums along a batch axis are of a higher rank")
+        marks = [i == axis for i in range(w.ndim)]
+
+        def fn(factor, marks):
+            return primitive.bind(factor, axis=marks.index(True), reverse=reverse)
+
+        return on_factors(w, {axis}, fn, (marks, False))
+
+
+_cumulative(lax.cumsum_p)

@@ -5,92 +5,163 @@ layers, experts) the result is still a low-rank weight. Of rows or columns (an
 embedding) it is an activation, which what follows will use densely, and is summed.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays.array import LowRankArray, scale
+from .._arrays.base import replace
+from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.thin_dot import arrange, contract
-from .layout import BATCH, groups, on_factors
-from .register import linear
+from .layout import BATCH, COL, contain, groups, on_factors, ROW
+from .register import linear, NotLazy
 
 
 @linear(lax.dynamic_slice_p)
 def dynamic_slice(w: LowRankArray, *starts, slice_sizes):
+    axes = {i for i, n in enumerate(w.shape) if slice_sizes[i] != n}
     zero = jnp.zeros((), jnp.result_type(*starts)) if starts else 0
-    return on_factors(w, lax.dynamic_slice, (starts, zero), (slice_sizes, w.rank))
+    params = (starts, zero), (slice_sizes, w.rank)
+    return on_factors(w, axes, lax.dynamic_slice, *params)
 
 
-def _fills(params) -> bool:
+def fills(params) -> bool:
     return params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
 
 
-@linear(lax.gather_p, affine=_fills)
+@linear(lax.gather_p, affine=fills)
 def gather(
-    w: LowRankArray,
-    indices,
-    *,
-    dimension_numbers,
-    slice_sizes,
-    fill_value,
-    **params,
+    w: LowRankArray, indices, *, dimension_numbers, slice_sizes, fill_value, **params
 ):
+    """A slice of `w` for each index: `out[i, k] = w[start(i) + k]`, where `i` stands
+    for the axes of `indices` but the last, and `k` for the axes of a slice.
+
+    With `w = Σ_r b[·, r] a[r, ·]` each factor gives its own part of the slices,
+    `b[i, k, r]` and `a[i, r, k]` with those `k` that are its axes, and the result is
+    their product, for each `i`, over `r`. A factor that is not cut is the same for
+    each `i`.
+    """
     del fill_value  # Out of bounds, the base gives it, and the update zero.
     numbers = dimension_numbers
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [i for i in range(w.ndim) if i not in dropped]
-    ids = [("id", i) for i in range(indices.ndim - 1)]
-    cut = {*numbers.start_index_map, *numbers.operand_batching_dims}
-    if not _fills(params):  # Where a slice is all of an axis, there is no choice.
-        cut = {i for i in cut if slice_sizes[i] != w.shape[i] or i in dropped}
+    cut = dropped | {i for i, n in enumerate(w.shape) if slice_sizes[i] != n}
+    if fills(params):  # A slice of all of an axis, too, may start out of bounds.
+        cut |= {*numbers.start_index_map}
+        w = contain(w, cut)
+    sizes = {"rank": w.rank, **dict(enumerate(slice_sizes))}
 
-    def look_up(factor, labels):
-        """The factor's own part of the lookup: its axes are `(*ids, *kept)`."""
-        if not cut.intersection(labels):
-            return factor, list(labels)
-        index = {label: position for position, label in enumerate(labels)}
-        columns = [k for k, i in enumerate(numbers.start_index_map) if i in index]
-        out_labels = [label for label in labels if label not in dropped]
-        # Batching dimensions of the indices whose operand axis the factor lacks are
-        # then indices like any other.
-        batching = [
-            (index[i], j)
-            for i, j in zip(
-                numbers.operand_batching_dims, numbers.start_indices_batching_dims
-            )
-            if i in index
-        ]
-        out = lax.gather(
-            factor,
-            indices[..., jnp.array(columns, int)] if columns else indices[..., :0],
-            lax.GatherDimensionNumbers(
-                offset_dims=tuple(range(len(ids), len(ids) + len(out_labels))),
-                collapsed_slice_dims=tuple(
-                    sorted(index[i] for i in numbers.collapsed_slice_dims if i in index)
-                ),
-                start_index_map=tuple(
-                    index[numbers.start_index_map[k]] for k in columns
-                ),
-                operand_batching_dims=tuple(i for i, _ in batching),
-                start_indices_batching_dims=tuple(j for _, j in batching),
-            ),
-            [w.rank if i == "rank" else slice_sizes[i] for i in labels],
-            fill_value=0,
-            **params,
-        )
-        return out, [*ids, *out_labels]
+    def part(factor, labels):
+        if cut.isdisjoint(labels):
+            return factor, labels
+        return look_up(factor, labels, sizes, indices, numbers, **params)
 
     a_labels, b_labels, _ = w.labels
-    a, a_labels = look_up(w.a, a_labels)
-    b, b_labels = look_up(w.b, b_labels)
-    # The axes of the result: those kept of the array at offset_dims, indices elsewhere.
-    rest, offsets = iter(ids), iter(kept)
-    ndim = len(ids) + len(kept)
-    labels = [
-        next(offsets if axis in numbers.offset_dims else rest) for axis in range(ndim)
-    ]
+    a, a_labels = part(w.a, a_labels)
+    b, b_labels = part(w.b, b_labels)
+    labels = result_labels(w.ndim, indices, numbers)
+    ids = [label for label in labels if isinstance(label, tuple)]
+    kept = [label for label in labels if not isinstance(label, tuple)]
     group = groups(w)
-    whole = all(group[i] == BATCH for i in cut)
-    if whole and labels == [*ids, *kept]:
-        return w.replace(a=a, b=b)
+    if all(group[i] == BATCH for i in cut) and labels == [*ids, *kept]:
+        # The indices become batch axes, in front of those that are left.
+        return replace(w, a=a, b=b)
+    b, a = scaled(b, a, w.scaling)
     out, out_labels = contract(b, b_labels, a, a_labels, keep=labels)
-    return scale(arrange(out, out_labels, labels), w.scaling)
+    return arrange(out, out_labels, labels)
+
+
+def result_labels(ndim: int, indices, numbers) -> list:
+    """The axes of the result: `("id", j)` for axis `j` of the indices, and for an axis
+    of a slice, which stand at `offset_dims`, the number that it has in the operand."""
+    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [i for i in range(ndim) if i not in dropped]
+    labels: list = [("id", j) for j in range(indices.ndim - 1)]
+    for axis, i in zip(numbers.offset_dims, kept):
+        labels.insert(axis, i)
+    return labels
+
+
+def look_up(
+    factor,
+    labels,
+    sizes: Mapping,
+    indices,
+    numbers: lax.GatherDimensionNumbers,
+    *,
+    unique_indices: bool,
+    indices_are_sorted: bool,
+    fill: int = 0,
+    **params,
+):
+    """The lookup of an array in a factor of it, which holds the axes `labels`.
+
+    Returns the slices, with axes for the indices in front, and their labels. Of an
+    index only the columns count that are for axes of the factor. Two that differ in
+    other columns are then the same, so that nothing more is promised of them.
+    """
+    position = {label: k for k, label in enumerate(labels)}
+    columns = [k for k, i in enumerate(numbers.start_index_map) if i in position]
+    all_there = len(columns) == len(numbers.start_index_map)
+    ids = [("id", j) for j in range(indices.ndim - 1)]
+    # A batching axis that the factor lacks leaves one of the indices like any other.
+    batching = [
+        (position[i], j)
+        for i, j in zip(
+            numbers.operand_batching_dims, numbers.start_indices_batching_dims
+        )
+        if i in position
+    ]
+    collapsed = sorted(
+        position[i] for i in numbers.collapsed_slice_dims if i in position
+    )
+    dropped = {*collapsed, *(i for i, _ in batching)}
+    out_labels = [label for label in labels if position[label] not in dropped]
+    out = lax.gather(
+        factor,
+        indices if all_there else indices[..., jnp.array(columns, int)],
+        lax.GatherDimensionNumbers(
+            offset_dims=tuple(range(len(ids), len(ids) + len(out_labels))),
+            collapsed_slice_dims=tuple(collapsed),
+            start_index_map=tuple(
+                position[numbers.start_index_map[k]] for k in columns
+            ),
+            operand_batching_dims=tuple(i for i, _ in batching),
+            start_indices_batching_dims=tuple(j for _, j in batching),
+        ),
+        [sizes[label] for label in labels],
+        fill_value=fill,
+        unique_indices=unique_indices and all_there,
+        indices_are_sorted=indices_are_sorted and all_there,
+        **params,
+    )
+    return out, [*ids, *out_labels]
+
+
+# Updates in place.
+
+
+@linear(lax.dynamic_update_slice_p, affine=lambda params: True)
+def dynamic_update_slice(w: LowRankArray, update, *starts):
+    """What is written over has no update any more: zeros, in one of the factors."""
+    cut = {i for i, n in enumerate(w.shape) if update.shape[i] != n}
+    kinds = {groups(w)[i] for i in cut}
+    if {ROW, COL} <= kinds:
+        raise NotLazy("a block of some rows and some columns is written over")
+    w = contain(w, cut)
+    # Which of the two holds the zeros is free if the cut is of batch axes alone.
+    name = "a" if COL in kinds else "b"
+    a_labels, b_labels, _ = w.labels
+    labels = a_labels if name == "a" else b_labels
+    shape = [w.rank if i == "rank" else update.shape[i] for i in labels]
+    zero = jnp.zeros((), jnp.result_type(*starts))
+    at = [zero if i == "rank" else starts[i] for i in labels]
+    factor = getattr(w, name)
+    zeros = jnp.zeros(shape, factor.dtype)
+    return replace(w, **{name: lax.dynamic_update_slice(factor, zeros, at)})
+
+
+@linear(lax.scatter_add_p, affine=lambda params: True)
+def scatter_add(w: LowRankArray, indices, updates, **params):
+    """`w.at[...].add(x)`: all of it is the base's."""
+    del indices, updates, params
+    return w

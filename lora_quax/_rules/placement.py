@@ -9,24 +9,29 @@ import jax.tree_util as jtu
 import quax
 from jax import lax
 from jax.extend.core.primitives import (
-    all_gather_p,
     copy_p,
     device_put_p,
     name_p,
     sharding_constraint_p,
     stop_gradient_p,
 )
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from .._arrays.array import FactoredArray, LoraArray, LowRankArray
+from .._arrays.base import lower_all
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
+from .._arrays.scaled import ScaledArray
 from .._compat import pvary_p, reshard_p
-from .layout import on_factors
-from .register import linear, NotLazy, variadic
+from .leaves import leaf_shardings
+from .register import variadic
+
+
+Lowered = LowRankArray | LoraArray | ScaledArray
 
 
 def _on_each_part(primitive):
     @quax.register(primitive)
-    def _(w: FactoredArray, **params):
+    def _(w: Lowered, **params):
         return jtu.tree_map(lambda x: primitive.bind(x, **params), w)
 
 
@@ -34,64 +39,23 @@ for _primitive in (copy_p, name_p, stop_gradient_p, pvary_p):
     _on_each_part(_primitive)
 
 
-@variadic(lax.optimization_barrier_p)
-def optimization_barrier(*operands):
-    parts, treedef = jtu.tree_flatten(operands)
-    return jtu.tree_unflatten(treedef, lax.optimization_barrier_p.bind(*parts))
-
-
-def factor_specs(w: LowRankArray, spec) -> LowRankArray:
-    """The partition specs of the factors of an array that is partitioned by `spec`."""
-    entries = [*spec, *(None,) * (w.ndim - len(spec))]
-    a_labels, b_labels, _ = w.labels
-    a, b = (
-        PartitionSpec(*(None if i == "rank" else entries[i] for i in labels))
-        for labels in (a_labels, b_labels)
-    )
-    return w.replace(a=a, b=b)
-
-
-def _place(w: FactoredArray, sharding, bind):
-    """`bind(part, sharding)` for the base, and for each factor with its sharding."""
-    if isinstance(w, LoraArray):
-        base = quax.quaxify(bind)(w.base, sharding)
-        return w.replace(base=base, delta=_place(w.delta, sharding, bind))
-    assert isinstance(w, LowRankArray)
-    if not isinstance(sharding, NamedSharding):
-        return w.replace(a=bind(w.a, sharding), b=bind(w.b, sharding))
-    specs = factor_specs(w, sharding.spec)
-
-    def by(spec):
-        return NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-
-    a, b = bind(w.a, by(specs.a)), bind(w.b, by(specs.b))
-    return w.replace(a=a, b=b)
-
-
-@linear(all_gather_p)
-def all_gather(w: LowRankArray, *, all_gather_dimension, tiled, **params):
-    """Inside `shard_map`: of the factors, those that hold the axis are gathered."""
-    if not tiled:
-        raise NotLazy("an untiled `all_gather` adds an axis")
-    axes = [i == all_gather_dimension for i in range(w.ndim)]
-
-    def fn(factor, axes):
-        if True not in axes:
-            return factor
-        at = dict(all_gather_dimension=axes.index(True), tiled=True)
-        return all_gather_p.bind(factor, **at, **params)
-
-    return on_factors(w, fn, (axes, False))
+def _place(w, sharding, bind):
+    """`bind(leaf, its sharding)` for each leaf."""
+    w = lower_all(w)
+    leaves, treedef = jtu.tree_flatten(w)
+    named = isinstance(sharding, NamedSharding)
+    shardings = leaf_shardings(w, sharding) if named else [sharding] * len(leaves)
+    return jtu.tree_unflatten(treedef, map(bind, leaves, shardings))
 
 
 @quax.register(sharding_constraint_p)
-def _(w: FactoredArray, *, sharding, **params):
+def _(w: Lowered, *, sharding, **params):
     del params  # A context mesh and what it leaves open; the sharding names all else.
     return _place(w, sharding, lax.with_sharding_constraint)
 
 
 @quax.register(reshard_p)
-def _(w: FactoredArray, *, dst_sharding, **params):
+def _(w: Lowered, *, dst_sharding, **params):
     del params  # The mesh, which the sharding names too.
     return _place(w, dst_sharding, jax.reshard)
 
@@ -105,6 +69,6 @@ def device_put(*operands, devices, srcs, copy_semantics):
             params = dict(devices=(device,), srcs=(src,), copy_semantics=(semantics,))
             return device_put_p.bind(x, **params)[0]
 
-        factored = isinstance(x, FactoredArray)
-        out.append(_place(x, of_x[0], bind) if factored else bind(x, of_x[0]))
+        ours = isinstance(x, Lowered)
+        out.append(_place(x, of_x[0], bind) if ours else bind(x, of_x[0]))
     return out

@@ -1,4 +1,4 @@
-"""How a rule is written once and serves both arrays.
+"""How a rule is written once and serves both a low-rank array and its sum with a base.
 
 Almost every rule says what a linear operation does to a `LowRankArray`. For a
 `LoraArray` nothing more needs saying: the operation is dispatched again on the base,
@@ -7,19 +7,14 @@ and the sum stays unsummed if the update stayed low rank, or is taken if it did 
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import quax
-from jax.core import Tracer
 from jaxtyping import ArrayLike
 
-from .._arrays.array import (
-    add,
-    FactoredArray,
-    LoraArray,
-    LowRankArray,
-    make,
-    materialise_or_refuse,
-)
+from .._arrays.base import AdaptedArray, lower, make, materialise_or_refuse, replace
+from .._arrays.lora import add, LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._arrays.stored import stored
 
 
@@ -49,9 +44,13 @@ def linear(
                 w = with_zero_base(args[operand])
                 return on_lora(*args[:operand], w, *args[operand + 1 :], **params)
             try:
-                return rule(*args, **params)
+                out = rule(*args, **params)
             except NotLazy as why:
                 return materialise_or_refuse(primitive, args, params, str(why))
+            dtype = _result_type(args, operand, params)
+            if isinstance(out, list):
+                return [_of_type(x, dtype) for x in out]
+            return _of_type(out, dtype)
 
         def on_lora(*args, **params):
             # What a weight is multiplied with comes before it. Its cotangent, a sum
@@ -59,7 +58,7 @@ def linear(
             before = tuple(map(stored, args[:operand]))
             w, after = args[operand], args[operand + 1 :]
             try:
-                delta = rule(*before, w.delta, *after, **params)
+                delta = rule(*before, w.delta.lower(), *after, **params)
             except NotLazy as why:
                 return materialise_or_refuse(primitive, args, params, str(why))
 
@@ -69,45 +68,59 @@ def linear(
 
             return distribute(w, on_base, delta, (*before, *after))
 
-        _register(primitive, operand, LowRankArray, on_low_rank)
-        _register(primitive, operand, LoraArray, on_lora)
+        register(primitive, operand, LowRankArray, on_low_rank)
+        register(primitive, operand, LoraArray, on_lora)
         return rule
 
     return decorate
 
 
-def _register(primitive, operand: int, kind: type, rule):
+def _result_type(args, operand: int, params):
+    """The type of a dense result. A rule gives it as it was computed, perhaps wider."""
+    dtype = args[operand].dtype
+    if operand == 1:
+        dtype = jnp.promote_types(args[0].dtype, dtype)
+    return params.get("preferred_element_type") or dtype
+
+
+def _of_type(x, dtype):
+    return x if isinstance(x, LowRankArray) else x.astype(dtype)
+
+
+def register(primitive, operand: int, kind: type, rule):
+    """Registers `rule` where operand number `operand` is of a kind of ours, and the
+    others are plain."""
     if operand == 0:
 
         @quax.register(primitive)
         def _(w: kind, *rest: ArrayLike, **params):  # pyright: ignore
-            return rule(w, *rest, **params)
+            return rule(w, *map(as_array, rest), **params)
 
     else:
         assert operand == 1
 
         @quax.register(primitive)
         def _(x: ArrayLike, w: kind, *rest: ArrayLike, **params):  # pyright: ignore
-            return rule(x, w, *rest, **params)
+            return rule(as_array(x), w, *map(as_array, rest), **params)
+
+
+def as_array(x) -> jax.Array:
+    """A plain operand. It may be a literal of a jaxpr, or a number of Python's."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x, jax.typeof(x).dtype)
 
 
 def with_zero_base(delta: LowRankArray) -> LoraArray:
-    return make(
-        LoraArray,
-        base=jnp.zeros(delta.shape, delta.dtype),
-        delta=delta,
-        stop_gradient=False,
-        allow_materialise=delta.allow_materialise,
-    )
+    zeros = jnp.zeros(delta.shape, delta.dtype)
+    return make(LoraArray, base=zeros, delta=delta, stop_gradient=True, stopped=True)
 
 
 def variadic(primitive):
-    """Registers `rule(*operands, **params)`, of which any may be factored or plain."""
+    """Registers `rule(*operands, **params)`, of which any may be ours or plain."""
 
     def decorate(rule):
         @quax.register(primitive)
-        def _(*operands: FactoredArray | ArrayLike, **params):
-            return rule(*operands, **params)
+        def _(*operands: AdaptedArray | ArrayLike, **params):
+            return rule(*map(lowered_or_array, operands), **params)
 
         # Of plain arrays alone it is JAX's business, and must cost nothing.
         @quax.register(primitive, precedence=1)
@@ -119,21 +132,25 @@ def variadic(primitive):
     return decorate
 
 
+def lowered_or_array(x):
+    return lower(x) if isinstance(x, AdaptedArray) else as_array(x)
+
+
 def distribute(w: LoraArray, on_base, delta, others: Sequence):
     """`on_base(base) + delta`, unsummed where `delta` is still low rank.
 
     A result that is still a `LoraArray` stops the gradient at its base when it is used.
     If something that may itself be differentiated went into the base, only the old base
-    must be stopped, so that is done now.
+    must be stopped, so that is done now. What may be is told by its type, and not by
+    whether it is traced: a program gives the same structures eagerly and compiled.
     """
     several = isinstance(delta, list)
     deltas = delta if several else [delta]
     lazy = all(isinstance(d, LowRankArray) for d in deltas)
-    keeps_flag = lazy and not any(map(_differentiable, others))
-    bases = on_base(w.base if keeps_flag else w.frozen_base())
-    stop_gradient = keeps_flag and w.stop_gradient
+    alone = lazy and not any(jnp.issubdtype(x.dtype, jnp.inexact) for x in others)
+    bases = on_base(w.base if alone else w.frozen_base())
     out = [
-        w.replace(base=base, delta=d, stop_gradient=stop_gradient)
+        replace(w, base=base, delta=d, stopped=w.stopped or not alone)
         if isinstance(d, LowRankArray)
         else stored(add(base, d))
         for base, d in zip(bases if several else [bases], deltas)
@@ -141,10 +158,6 @@ def distribute(w: LoraArray, on_base, delta, others: Sequence):
     return out if several else out[0]
 
 
-def _differentiable(x) -> bool:
-    return isinstance(x, Tracer) and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def settle(delta: LowRankArray):
     """An array without rows, or without columns, is a vector: nothing is saved."""
-    return delta if delta.rows and delta.cols else delta.dense()
+    return delta if delta.rows and delta.cols else delta.product()

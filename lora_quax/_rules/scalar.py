@@ -8,7 +8,8 @@ rows is taken up by `a`. `vmap` of a scalar is such an array, `(batch, 1, 1)`.
 import jax.numpy as jnp
 from jax import lax
 
-from .._arrays.array import LowRankArray
+from .._arrays.base import replace
+from .._arrays.low_rank import LowRankArray
 from .layout import COL, expand, groups, ROW
 from .register import linear, NotLazy
 
@@ -18,21 +19,27 @@ def convert_element_type(w: LowRankArray, *, new_dtype, **params):
     del params
     if not jnp.issubdtype(new_dtype, jnp.inexact):
         raise NotLazy(f"a cast to {jnp.dtype(new_dtype).name} is not linear")
-    return w.replace(a=w.a.astype(new_dtype), b=w.b.astype(new_dtype))
+    was_complex = jnp.issubdtype(w.dtype, jnp.complexfloating)
+    if was_complex and not jnp.issubdtype(new_dtype, jnp.complexfloating):
+        raise NotLazy("the real part of a product is not that of its factors")
+    return replace(w, a=w.a.astype(new_dtype), b=w.b.astype(new_dtype))
 
 
 @linear(lax.neg_p)
 def neg(w: LowRankArray):
-    return w.replace(b=-w.b)
+    return replace(w, b=-w.b)
 
 
-def _scale(w: LowRankArray, x, params, apply) -> LowRankArray:
-    """`apply(factor, scale)` of the factor with all axes along which `x` varies."""
+def scaled_low_rank(w: LowRankArray, x, apply=jnp.multiply) -> LowRankArray:
+    """`apply(factor, scale)` of the factor with all axes along which `x` varies.
+
+    **Raises:** `NotLazy` if it varies along rows and along columns.
+    """
     shape = jnp.broadcast_shapes(w.shape, jnp.shape(x))
     x = jnp.broadcast_to(x, (1,) * (len(shape) - jnp.ndim(x)) + jnp.shape(x))
     w = expand(w, shape)
     varies = {group for group, n in zip(groups(w), x.shape) if n != 1}
-    if {ROW, COL} <= varies or any(value is not None for value in params.values()):
+    if {ROW, COL} <= varies:
         raise NotLazy("a product element by element with a full array has no low rank")
     a_labels, b_labels, _ = w.labels
 
@@ -41,23 +48,35 @@ def _scale(w: LowRankArray, x, params, apply) -> LowRankArray:
         axes = [i for i in labels if i != "rank"]
         scale = x.reshape([x.shape[i] for i in axes])
         scale = jnp.expand_dims(scale, labels.index("rank"))
-        return apply(factor, scale.astype(factor.dtype))
+        # The scale is of the array's type, which may be wider than the factor's.
+        wide = jnp.promote_types(factor.dtype, scale.dtype)
+        return apply(factor.astype(wide), scale.astype(wide))
 
     if COL in varies:
-        return w.replace(a=on(w.a, a_labels))
-    return w.replace(b=on(w.b, b_labels))
+        return replace(w, a=on(w.a, a_labels))
+    return replace(w, b=on(w.b, b_labels))
 
 
 @linear(lax.mul_p)
 def mul(w: LowRankArray, x, **params):
-    return _scale(w, x, params, jnp.multiply)
+    refuse_params(params)
+    return scaled_low_rank(w, x)
 
 
 @linear(lax.mul_p, operand=1)
 def rmul(x, w: LowRankArray, **params):
-    return _scale(w, x, params, jnp.multiply)
+    refuse_params(params)
+    return scaled_low_rank(w, x)
 
 
 @linear(lax.div_p)
 def div(w: LowRankArray, x, **params):
-    return _scale(w, x, params, jnp.divide)
+    refuse_params(params)
+    return scaled_low_rank(w, x, jnp.divide)
+
+
+def refuse_params(params) -> None:
+    """What a primitive without parameters may be given by a later JAX is not known."""
+    given = [f"{name}={value!r}" for name, value in params.items() if value is not None]
+    if given:
+        raise NotLazy(f"it has {', '.join(given)}")

@@ -11,9 +11,11 @@ import numpy as np
 import quax
 from jaxtyping import PyTree
 
-from .._arrays.array import LoraArray, LowRankArray, make
+from .._arrays.base import make
 from .._arrays.check import aval_of, check_alpha
 from .._arrays.full import FullArray
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import refuse_misfit, too_wide
 from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, rest_of
@@ -108,7 +110,7 @@ class _Fit:
             base=base,
             delta=delta,
             stop_gradient=True,
-            allow_materialise=self.allow_materialise,
+            stopped=False,
         )
 
     def unused(self) -> list[str]:

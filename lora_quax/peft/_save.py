@@ -10,7 +10,8 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from .._arrays.array import FactoredArray
+from .._arrays.base import is_adapted
+from .._arrays.full import FullArray
 from .._disk.exchange import refuse_changed
 from .._disk.files import write_tensors, written_whole
 from .._model.merge import refuse_partial
@@ -152,7 +153,9 @@ def _updates(places: list[Place], initial: PyTree) -> dict[str, Update]:
 
 
 def _is_update(place: Place) -> bool:
-    return isinstance(place.leaf.value, FactoredArray)
+    """Whether an array has more to it than a value of its own."""
+    x = place.leaf.value
+    return is_adapted(x) and not isinstance(x, FullArray)
 
 
 def _settings(updates: dict[str, Update], parameters, use_rslora: bool) -> dict:
@@ -256,7 +259,7 @@ def _values(places: list[Place], updates, wrapped, rest: Whole, has_conv1d: bool
     return out
 
 
-def _is_conv1d(name: str, place: Place, is_adapted: bool) -> bool:
+def _is_conv1d(name: str, place: Place, adapted: bool) -> bool:
     """Whether a weight is that of a `Conv1D`, as those are that are adapted.
 
     A module saved whole, such as a head, is taken for a linear layer. If it is none,
@@ -264,9 +267,9 @@ def _is_conv1d(name: str, place: Place, is_adapted: bool) -> bool:
     """
     if not place.is_matrix or split(name)[1] != "weight":
         return False
-    if not is_adapted and place.shape[0] == place.shape[1]:
+    if not adapted and place.shape[0] == place.shape[1]:
         raise ValueError(
             f"{named(place.path)} would be written whole, and is square, so that there "
             "is no telling whether it is transposed, as `fan_in_fan_out` says of some."
         )
-    return is_adapted
+    return adapted

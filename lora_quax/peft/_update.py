@@ -4,7 +4,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._arrays.array import FactoredArray, LoraArray, LowRankArray
+from .._arrays.base import is_adapted
+from .._arrays.full import FullArray
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import same_bits, to_numpy
 from .._model.paths import named
 from ._layout import Kind, kind_of, to_peft
@@ -76,12 +79,13 @@ def _delta(x, place: Place, kind: Kind) -> LowRankArray:
     """The update of a weight, if it is one that PEFT can have."""
     if not isinstance(x, LoraArray):
         raise ValueError("there is no `LoraArray`, which has a base and an update")
-    if isinstance(x.base, FactoredArray):
+    if is_adapted(x.base) and not isinstance(x.base, FullArray):
         raise ValueError("it is an adapter on an adapter; merge one of them first")
     wanted = 1, len(place.shape) - 1 if kind == "conv" else 1
-    if (x.delta.rows, x.delta.cols) != wanted:
+    delta = x.delta.lower()
+    if (delta.rows, delta.cols) != wanted:
         raise ValueError(
-            f"it has {x.delta.rows} axes of rows and {x.delta.cols} of columns; PEFT "
-            f"has {wanted[0]} and {wanted[1]}"
+            f"it has {delta.rows} axes of rows and {delta.cols} of columns; PEFT has "
+            f"{wanted[0]} and {wanted[1]}"
         )
-    return x.delta
+    return delta

@@ -7,8 +7,8 @@ import equinox as eqx
 import numpy as np
 import quax
 
-from .._arrays.array import LoraArray
 from .._arrays.full import FullArray
+from .._arrays.lora import LoraArray
 from .._disk.exchange import to_numpy
 from .._model.paths import named
 from ._names import is_in, split

@@ -1,0 +1,128 @@
+"""What is said of an array, said of its leaves: how they are sharded, or sliced.
+
+Here stands what each type of array is made of; the rules of calls, loops and meshes
+know leaves alone. A base may be of any type, and is known by its shapes alone.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import quax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._arrays.base import replace
+from .._arrays.check import aval_of
+from .._arrays.lora import add, LoraArray
+from .._arrays.low_rank import LowRankArray
+from .._arrays.scaled import ScaledArray
+from .._compat import core
+from .traced import type_of
+
+
+def leaf_specs(x, spec) -> list[PartitionSpec]:
+    """The partition spec of each leaf of an array that is partitioned by `spec`."""
+    entries = (*spec, *(None,) * (len(aval_of(x).shape) - len(spec)))
+    return [PartitionSpec(*axes) for axes in _leaf_axes(x, entries)]
+
+
+def leaf_shardings(x, sharding: NamedSharding) -> list[NamedSharding]:
+    memory = sharding.memory_kind
+    return [
+        NamedSharding(sharding.mesh, spec, memory_kind=memory)
+        for spec in leaf_specs(x, sharding.spec)
+    ]
+
+
+def _leaf_axes(x, entries: tuple) -> list[tuple]:
+    """Of `entries`, one for each axis of `x`, those for the axes of each leaf."""
+    if isinstance(x, LoraArray):
+        return [*_leaf_axes(x.base, entries), *_leaf_axes(x.delta, entries)]
+    if isinstance(x, LowRankArray):
+        a_labels, b_labels, _ = x.labels
+        return [
+            tuple(None if i == "rank" else entries[i] for i in labels)
+            for labels in (a_labels, b_labels)
+        ]
+    if isinstance(x, ScaledArray):
+        sizes = zip(x.scale.shape, entries)
+        of_scale = tuple(None if n == 1 else entry for n, entry in sizes)
+        return [*_leaf_axes(x.base, entries), of_scale]
+    if not isinstance(x, quax.Value):
+        return [entries]
+    axes = []
+    for leaf in jtu.tree_leaves(x):
+        if len(jnp.shape(leaf)) == len(entries):
+            sizes = zip(jnp.shape(leaf), entries)
+            axes.append(tuple(None if n == 1 else entry for n, entry in sizes))
+        elif len(jnp.shape(leaf)) == 0 or all(entry is None for entry in entries):
+            axes.append(())
+        else:
+            raise TypeError(
+                f"A {type(x).__name__} {aval_of(x).str_short()} cannot be partitioned "
+                f"by {PartitionSpec(*entries)}: it has a leaf of shape "
+                f"{jnp.shape(leaf)}, which is neither a scalar nor has as many axes, "
+                "so that nothing says how its axes are those of the array."
+            )
+    return axes
+
+
+# A scan slices each leaf along its first axis. Of an array that is scanned over, some
+# leaves have no axis for it, and every step has the whole of them: the factor `a`, if
+# it is rows that are scanned over, and the scale or the codebook of a quantised base.
+
+
+def split_for_scan(x, length: int) -> tuple[Any, Any]:
+    """The leaves of `x` that a scan slices, and those that every step shares."""
+    treedef = jtu.tree_structure(x)
+    sliced, shared = zip(*_scan_leaves(x, length))
+    return jtu.tree_unflatten(treedef, sliced), jtu.tree_unflatten(treedef, shared)
+
+
+def _scan_leaves(x, length: int) -> list[tuple]:
+    """Each leaf beside None, in front of it if it is sliced, behind it if shared."""
+    if isinstance(x, LoraArray):
+        return [*_scan_leaves(x.base, length), *_scan_leaves(x.delta, length)]
+    if isinstance(x, ScaledArray):
+        same = x.scale.shape[0] == 1 != length  # The same scale for each slice.
+        scale = (None, jnp.squeeze(x.scale, 0)) if same else (x.scale, None)
+        return [*_scan_leaves(x.base, length), scale]
+    if isinstance(x, LowRankArray):
+        return [(x.a, None) if x.n_batch else (None, x.a), (x.b, None)]
+    out = []
+    for leaf in jtu.tree_leaves(x):
+        if jnp.shape(leaf)[:1] == (length,):
+            out.append((leaf, None))
+        elif jnp.ndim(leaf) == len(aval_of(x).shape):  # The same for each slice.
+            out.append((None, jnp.squeeze(leaf, 0)))
+        else:
+            out.append((None, leaf))
+    return out
+
+
+def slices(sliced, length: int):
+    """The types of one slice of each leaf."""
+
+    def slice_of(leaf):
+        return core.mapped_aval(length, 0, type_of(leaf))
+
+    return jtu.tree_map(slice_of, sliced)
+
+
+def step_of_scan(x):
+    """One slice of an array, put together of the leaves that were sliced and the rest.
+
+    Each part says by its own factors whether it lost an axis of batch or one of rows:
+    an axis of batch is lost by both factors.
+    """
+    if isinstance(x, LoraArray):
+        base, delta = step_of_scan(x.base), step_of_scan(x.delta)
+        if isinstance(delta, LowRankArray):
+            return replace(x, base=base, delta=delta)
+        return add(replace(x, base=base).frozen_base(), delta)
+    if isinstance(x, ScaledArray):
+        return replace(x, base=step_of_scan(x.base))
+    if isinstance(x, LowRankArray) and x.b.ndim - x.rows < x.a.ndim - x.cols:
+        row = replace(x, rows=x.rows - 1)
+        return row if row.rows else row.product()
+    return x

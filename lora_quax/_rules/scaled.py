@@ -1,0 +1,379 @@
+"""What is done to a scaled array: `scale · base`, multiplied out as late as can be.
+
+What moves elements moves those of the scale as it moves those of the base, and the
+product element by element is as it was. Along an axis where the scale does not vary it
+has length 1, and stays as it is. A product sums over some axes: a scale along these is
+put on the other operand, and one along the rest on the result.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import quax
+from jax import lax
+
+from .._arrays.base import dense, lower, materialise_or_refuse, replace
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
+from .._arrays.scaled import ScaledArray, times
+from .._arrays.thin_dot import arrange, contract
+from .._compat import ragged_dot_general_p
+from .layout import blocks
+from .lookup import look_up, result_labels
+from .register import NotLazy, register
+from .scalar import refuse_params, scaled_low_rank
+
+
+def varying(w: ScaledArray) -> list[int]:
+    """The axes along which the scale varies."""
+    return [i for i, n in enumerate(w.scale.shape) if n != 1]
+
+
+def on(primitive, *, operand: int = 0):
+    """Registers `rule(*operands, **params)`, of which number `operand` is scaled.
+
+    The rule raises `NotLazy` if the scale has to be multiplied out.
+    """
+
+    def decorate(rule):
+        def run(*args, **params):
+            try:
+                return rule(*args, **params)
+            except NotLazy as why:
+                return materialise_or_refuse(primitive, args, params, str(why))
+
+        register(primitive, operand, ScaledArray, run)
+        return rule
+
+    return decorate
+
+
+def moves(primitive):
+    """Registers an operation that moves elements: `scale(s, w, *operands, **params)` is
+    the scale of the result, or a list of them."""
+
+    def decorate(scale):
+        @on(primitive)
+        def _(w: ScaledArray, *rest, **params):
+            new = scale(w.scale, w, *rest, **params)
+            out = quax.quaxify(primitive.bind)(w.base, *rest, **params)
+            if not isinstance(new, list):
+                return replace(w, base=out, scale=new)
+            return [replace(w, base=x, scale=s) for x, s in zip(out, new)]
+
+        return scale
+
+    return decorate
+
+
+def _along(s, values: Sequence, otherwise: Sequence) -> list:
+    """Of the values for each axis, those along which the scale varies."""
+    return [x if n != 1 else y for x, y, n in zip(values, otherwise, s.shape)]
+
+
+moves(lax.transpose_p)(lambda s, w, permutation: s.transpose(permutation))
+moves(lax.squeeze_p)(lambda s, w, dimensions: s.squeeze(dimensions))
+moves(lax.rev_p)(lambda s, w, dimensions: lax.rev(s, dimensions))
+moves(lax.tile_p)(lambda s, w, reps: lax.tile(s, _along(s, reps, [1] * s.ndim)))
+
+
+@moves(lax.reshape_p)
+def _reshape(s, w, *, new_sizes, dimensions, sharding):
+    del sharding
+    shape = w.shape
+    if dimensions is not None:
+        s, shape = s.transpose(dimensions), [shape[i] for i in dimensions]
+    if 0 in shape:
+        raise NotLazy("the array is empty")
+    old, new = list(s.shape), []
+    for before, after in blocks(shape, new_sizes):
+        # An axis where the scale does not vary may be merged with one where it does.
+        if any(s.shape[i] != 1 for i in before):
+            for i in before:
+                old[i] = shape[i]
+            new += [new_sizes[j] for j in after]
+        else:
+            new += [1 for _ in after]
+    return jnp.broadcast_to(s, old).reshape(new)
+
+
+@moves(lax.broadcast_in_dim_p)
+def _broadcast(s, w, *, shape, broadcast_dimensions, sharding):
+    del w, sharding
+    sizes = [1] * len(shape)
+    for i, n in zip(broadcast_dimensions, s.shape):
+        sizes[i] = n
+    return lax.broadcast_in_dim(s, sizes, broadcast_dimensions)
+
+
+@moves(lax.slice_p)
+def _sliced(s, w, *, start_indices, limit_indices, strides):
+    ones = [1] * s.ndim
+    return lax.slice(
+        s,
+        _along(s, start_indices, [0] * s.ndim),
+        _along(s, limit_indices, ones),
+        _along(s, strides or ones, ones),
+    )
+
+
+@moves(lax.dynamic_slice_p)
+def _dynamic_slice(s, w, *starts, slice_sizes):
+    if not starts:
+        return s
+    zeros = [jnp.zeros((), jnp.result_type(*starts))] * s.ndim
+    sizes = _along(s, slice_sizes, [1] * s.ndim)
+    return lax.dynamic_slice(s, _along(s, starts, zeros), sizes)
+
+
+@moves(lax.split_p)
+def _split(s, w, *, sizes, axis):
+    if s.shape[axis] == 1:
+        return [s] * len(sizes)
+    return list(lax.split(s, sizes, axis))
+
+
+@moves(lax.unstack_p)
+def _unstack(s, w, *, axis):
+    parts = _split(s, w, sizes=(1,) * w.shape[axis], axis=axis)
+    return [part.squeeze(axis) for part in parts]
+
+
+def _running(primitive):
+    @moves(primitive)
+    def _(s, w, *, axis, reverse):
+        del w, reverse
+        if s.shape[axis] != 1:
+            raise NotLazy("running sums along an axis that is scaled")
+        return s
+
+
+_running(lax.cumsum_p)
+
+
+@on(lax.gather_p)
+def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
+    """A lookup is an activation, and multiplied out. What is filled in stays so."""
+    numbers, labels = dimension_numbers, varying(w)
+    out = quax.quaxify(lax.gather_p.bind)(
+        w.frozen_base(),
+        indices,
+        dimension_numbers=numbers,
+        slice_sizes=slice_sizes,
+        **params,
+    )
+    s = _compact(w)
+    if labels:
+        del params["fill_value"]
+        sizes = dict(enumerate(slice_sizes))
+        s, labels = look_up(s, labels, sizes, indices, numbers, fill=1, **params)
+    return times(out, _spread(s, labels, result_labels(w.ndim, indices, numbers)))
+
+
+def _compact(w: ScaledArray):
+    """The scale without the axes along which it does not vary."""
+    return w.scale.reshape([w.shape[i] for i in varying(w)])
+
+
+def _spread(s, labels: Sequence, out_labels: Sequence):
+    """`s`, of axes `labels`, with axes of length 1 for the rest of `out_labels`."""
+    s = arrange(s, labels, [i for i in out_labels if i in labels])
+    return jnp.expand_dims(s, [k for k, i in enumerate(out_labels) if i not in labels])
+
+
+@on(lax.reduce_sum_p)
+def _(w: ScaledArray, *, axes, out_sharding=None):
+    """Along a scaled axis a sum is a product with the scale, and an activation."""
+    del out_sharding
+    labels, kept = list(range(w.ndim)), [i for i in range(w.ndim) if i not in axes]
+    out = w.frozen_base()
+    inside = [i for i in varying(w) if i in axes]
+    if inside:
+        s, s_labels = _compact(w), varying(w)
+        out, labels = contract(s, s_labels, out, labels, keep=kept, dot=lax.dot_general)
+    rest = [k for k, i in enumerate(labels) if i in axes]
+    out = quax.quaxify(lambda x: x.sum(rest))(out)
+    labels = [i for i in labels if i in kept]
+    out = arrange(out, labels, kept)
+    if inside:
+        return quax.quaxify(lax.convert_element_type)(out, w.dtype)
+    return times(out, w.scale.squeeze(axes))
+
+
+# Scalars and casts.
+
+
+@on(lax.neg_p)
+def _(w: ScaledArray):
+    return replace(w, scale=-w.scale)
+
+
+@on(lax.convert_element_type_p)
+def _(w: ScaledArray, *, new_dtype, **params):
+    if not jnp.issubdtype(new_dtype, jnp.inexact):
+        raise NotLazy(f"a cast to {jnp.dtype(new_dtype).name} is not linear")
+    bind = quax.quaxify(lax.convert_element_type_p.bind)
+    return replace(w, base=bind(w.base, new_dtype=new_dtype, **params))
+
+
+def _scale_again(w: ScaledArray, x, apply) -> ScaledArray:
+    shape = jnp.broadcast_shapes(w.shape, x.shape)
+    x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+    w = quax.quaxify(jnp.broadcast_to)(w, shape)
+    varies = [i for i, n in enumerate(x.shape) if n != 1]
+    if len(varies) > 1 and x.size == math.prod(shape):
+        raise NotLazy("a product element by element with a full array is no scale")
+    if {*varies} <= {*varying(w)} or {*varies} >= {*varying(w)}:
+        wide = jnp.promote_types(x.dtype, w.scale.dtype)
+        return replace(w, scale=apply(w.scale.astype(wide), x.astype(wide)))
+    # Along other axes: of two scales each can be put where it belongs.
+    scale = apply(jnp.ones((), x.dtype), x)
+    outer = dict(stop_gradient=False, stopped=False)
+    return replace(w, base=w, scale=scale, **outer)
+
+
+@on(lax.mul_p)
+def _(w: ScaledArray, x, **params):
+    refuse_params(params)
+    return _scale_again(w, x, jnp.multiply)
+
+
+@on(lax.mul_p, operand=1)
+def _(x, w: ScaledArray, **params):
+    refuse_params(params)
+    return _scale_again(w, x, jnp.multiply)
+
+
+@on(lax.div_p)
+def _(w: ScaledArray, x, **params):
+    refuse_params(params)
+    return _scale_again(w, x, jnp.divide)
+
+
+# Products.
+
+
+def scaled_product(x, w: ScaledArray, axes, *, out_sharding, **params):
+    """`x · w`, its axes labelled as in `contract`, with the labels of the result.
+
+    **Raises:** `NotLazy` if the scale varies along axes that are contracted and along
+    others at once.
+    """
+    x_labels, w_labels, keep = axes
+    s, labels = _compact(w), [w_labels[i] for i in varying(w)]
+    contracted = [i for i in x_labels if i in w_labels and i not in keep]
+    before = not {*labels}.isdisjoint(contracted)
+    if before:
+        if not {*labels} <= {*x_labels}:
+            raise NotLazy("the scale varies along contracted axes and along others")
+        x = quax.quaxify(times)(x, _spread(s, labels, x_labels))
+    out, out_labels = contract(
+        x,
+        x_labels,
+        w.frozen_base(),
+        w_labels,
+        keep=keep,
+        out_sharding=out_sharding,
+        dot=lax.dot_general,
+        **params,
+    )
+    if not before:
+        out = quax.quaxify(times)(out, _spread(s, labels, out_labels))
+    return out, out_labels
+
+
+@on(lax.conv_general_dilated_p, operand=1)
+def _(x, w: ScaledArray, *, dimension_numbers, feature_group_count, **params):
+    lhs_spec, (out_axis, in_axis, *_), out_spec = dimension_numbers
+    scaled, s = varying(w), w.scale.ravel()
+
+    def on_features(y, spec, s):
+        return times(y, s.reshape([-1 if i == spec[1] else 1 for i in range(y.ndim)]))
+
+    if scaled == [in_axis]:  # Each group has all the inputs of the kernel.
+        x = on_features(x, lhs_spec, jnp.tile(s, feature_group_count))
+    out = quax.quaxify(lax.conv_general_dilated_p.bind)(
+        x,
+        w.frozen_base(),
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        **params,
+    )
+    if scaled in ([], [out_axis]):
+        return on_features(out, out_spec, s)
+    if scaled != [in_axis]:
+        raise NotLazy("the scale of a kernel varies along more than outputs, or inputs")
+    return out
+
+
+@on(ragged_dot_general_p, operand=1)
+def _(x, w: ScaledArray, group_sizes, *, ragged_dot_dimension_numbers, **params):
+    """A scale that differs from group to group is spread over their rows by a product
+    of the same kind, with ones."""
+    numbers = ragged_dot_dimension_numbers
+    ((x_contract, w_contract), batch) = numbers.dot_dimension_numbers
+    (row,), groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    known = x.ndim == 2 and w.ndim == 3 and groups == (0,) and not any(batch)
+    scaled = {*varying(w)} - {0}
+    if not known or len(scaled) > 1:
+        raise NotLazy("the scale varies along rows and columns of an expert")
+    bind = quax.quaxify(ragged_dot_general_p.bind)
+
+    def over_rows(axis):
+        """The scale along an axis of the experts, for each row: `(rows, axis or 1)`."""
+        s = w.scale if axis == 1 else w.scale.swapaxes(1, 2)
+        s = jnp.broadcast_to(s, (w.shape[0], *s.shape[1:]))  # (groups, axis or 1, 1)
+        ones = jnp.ones((x.shape[row], 1), s.dtype)
+        return lax.ragged_dot(ones, s.swapaxes(1, 2), group_sizes)
+
+    before = scaled <= {*w_contract}
+    (contracted,) = w_contract
+    if before:
+        s = over_rows(contracted)
+        x = times(x, s if row == 0 else s.T)
+    out = bind(
+        x,
+        w.frozen_base(),
+        group_sizes,
+        ragged_dot_dimension_numbers=numbers,
+        **params,
+    )
+    return out if before else times(out, over_rows(3 - contracted))
+
+
+# Joins.
+
+
+def into_parts(w: ScaledArray):
+    """Of a scaled sum the sum of scaled parts; what has no parts as it is."""
+    base = lower(w.frozen_base())
+    if isinstance(base, ScaledArray):
+        base = into_parts(base)
+    try:
+        if isinstance(base, LowRankArray):
+            return scaled_low_rank(base, w.scale)
+        if isinstance(base, LoraArray):
+            delta = scaled_low_rank(base.delta.lower(), w.scale)
+            inner = replace(
+                w, base=base.frozen_base(), stop_gradient=False, stopped=False
+            )
+            return replace(base, base=inner, delta=delta, stopped=True)
+    except NotLazy:
+        pass
+    return w
+
+
+def _among_others(primitive):
+    """Registers an operation that puts numbers beside those of the array, or adds to
+    them. These are not scaled, so that the scale is multiplied out, as in a join."""
+
+    @on(primitive)
+    def _(w: ScaledArray, *rest, **params):
+        parts = into_parts(w)
+        parts = dense(parts) if isinstance(parts, ScaledArray) else parts
+        return quax.quaxify(primitive.bind)(parts, *rest, **params)
+
+
+for _primitive in (lax.pad_p, lax.dynamic_update_slice_p, lax.scatter_add_p):
+    _among_others(_primitive)
