@@ -11,10 +11,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import quax
+from forms import FORMS, ORACLES
 from jax import lax
 from jaxtyping import Array
 
-from forms import FORMS, ORACLES
 from lora_quax import LoraArray, loraify, LowRankArray
 
 
@@ -347,7 +347,8 @@ def formed(program: Callable, args) -> list[str]:
             inputs = [read(v) for v in eqn.invars]
             outputs = [frozenset().union(*inputs)] * len(eqn.outvars)
             inside = [_marks_out(run, eqn, sub, inputs) for sub in _subjaxprs(eqn)]
-            if inside and all(len(marks) == len(outputs) for marks in inside):
+            inside = [marks for marks in inside if len(marks) == len(outputs)]
+            if inside:  # Not the condition of a loop.
                 outputs = [frozenset().union(*marks) for marks in zip(*inside)]
             for v, mark in zip(eqn.outvars, outputs):
                 # Whether a factor is finite says nothing of its numbers.
