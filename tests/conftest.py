@@ -98,7 +98,7 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-_TESTS_PER_CACHE = 100
+_TESTS_PER_CACHE = 200
 _finished = 0
 
 

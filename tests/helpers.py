@@ -11,10 +11,10 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import quax
+from forms import FORMS, ORACLES
 from jax import lax
 from jaxtyping import Array
 
-from forms import FORMS, ORACLES
 from lora_quax import LoraArray, loraify, LowRankArray
 
 
@@ -140,34 +140,47 @@ def scalar(tree):
     total = jnp.zeros(())
     for i, x in enumerate(jtu.tree_leaves(tree)):
         if jnp.issubdtype(jnp.result_type(x), jnp.inexact):
-            weights = jnp.cos(jnp.arange(jnp.size(x)) + i).reshape(jnp.shape(x))
+            # In NumPy, so that it is a constant of what is compiled.
+            weights = np.cos(np.arange(jnp.size(x)) + i).reshape(jnp.shape(x))
             total = total + jnp.sum(jnp.sin(x) * weights)
     return total
 
 
+def _value_and_grads(fn: Callable, args):
+    def loss(args):
+        out = densify(fn(*args))
+        return scalar(out), out
+
+    (_, out), grads = eqx.filter_value_and_grad(loss, has_aux=True)(args)
+    return out, jtu.tree_leaves(grads)
+
+
+@eqx.filter_jit
 def value_and_grads(fn: Callable, args):
     """The value, and the gradients with respect to every inexact leaf of `args`."""
-
-    @eqx.filter_jit
-    def run(args):
-        def loss(args):
-            out = densify(fn(*args))
-            return scalar(out), out
-
-        (_, out), grads = eqx.filter_value_and_grad(loss, has_aux=True)(args)
-        return out, jtu.tree_leaves(grads)
-
-    return run(args)
+    return _value_and_grads(fn, args)
 
 
 def check(ours: Callable, program: Callable, args, **tolerance):
     """`ours(*args)` against `program` of dense weights: the value and all gradients."""
-    value, grads = value_and_grads(ours, args)
-    expected, expected_grads = value_and_grads(
-        lambda *args: program(*densify(args)), args
-    )
+
+    # One program, since most of the time goes to compiling.
+    @eqx.filter_jit
+    def both(args):
+        plain = lambda *args: program(*densify(args))
+        return _value_and_grads(ours, args), _value_and_grads(plain, args)
+
+    (value, grads), (expected, expected_grads) = both(args)
     assert_close(value, expected, **tolerance)
     assert_close(grads, expected_grads, **tolerance)
+
+
+def check_derivative(derive: Callable, program: Callable, args, **tolerance):
+    """The same of what `derive` makes of the two."""
+    ours = derive(quax.quaxify(program))
+    plain = derive(lambda *args: program(*densify(args)))
+    both = eqx.filter_jit(lambda *args: (ours(*args), plain(*args)))
+    assert_close(*both(*args), **tolerance)
 
 
 # Transforms: each takes a program of `(w, x)` and gives ours, and the plain program.
@@ -334,7 +347,8 @@ def formed(program: Callable, args) -> list[str]:
             inputs = [read(v) for v in eqn.invars]
             outputs = [frozenset().union(*inputs)] * len(eqn.outvars)
             inside = [_marks_out(run, eqn, sub, inputs) for sub in _subjaxprs(eqn)]
-            if inside and all(len(marks) == len(outputs) for marks in inside):
+            inside = [marks for marks in inside if len(marks) == len(outputs)]
+            if inside:  # Not the condition of a loop.
                 outputs = [frozenset().union(*marks) for marks in zip(*inside)]
             for v, mark in zip(eqn.outvars, outputs):
                 # Whether a factor is finite says nothing of its numbers.

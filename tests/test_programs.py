@@ -15,6 +15,7 @@ from helpers import (
     adapted,
     assert_close,
     check,
+    check_derivative,
     densify,
     DERIVATIVES,
     lora,
@@ -299,11 +300,7 @@ def test_layers(layer, nesting):
 def test_derivatives_of_layers(layer, derivative):
     make, shape, options, call = LAYERS[layer]
     model = adapted(make(jr.key(0)), **options)
-    derive = DERIVATIVES[derivative]
-    ours = eqx.filter_jit(derive(quax.quaxify(call)))
-    plain = eqx.filter_jit(derive(lambda *args: call(*densify(args))))
-    args = (model, x(*shape))
-    assert_close(ours(*args), plain(*args))
+    check_derivative(DERIVATIVES[derivative], call, (model, x(*shape)))
 
 
 # Functions of a weight and an input: control flow, and derivatives of their own.

@@ -9,6 +9,7 @@ import quax
 from helpers import (
     assert_close,
     check,
+    check_derivative,
     densify,
     DERIVATIVES,
     equations,
@@ -390,10 +391,7 @@ def test_transforms(program, transform):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_forward_over_reverse(program):
     fn, args = _case(program)
-    derive = DERIVATIVES["hvp"]
-    ours = eqx.filter_jit(derive(quax.quaxify(fn)))
-    plain = eqx.filter_jit(derive(lambda *args: fn(*densify(args))))
-    assert_close(ours(*args), plain(*args), **_SINGLE.get(program, {}))
+    check_derivative(DERIVATIVES["hvp"], fn, args, **_SINGLE.get(program, {}))
 
 
 # A lookup is an activation, and dense; this one looks up all of the weight, twice.

@@ -1,18 +1,19 @@
 """What a program is given, described: weights of every kind, and inputs."""
 
+import functools as ft
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import KINDS, low_rank
+from helpers import dense, KINDS
 
-from lora_quax import LoraArray
+from lora_quax import LoraArray, LowRankArray
 
 
-# The kinds of which the base can train: `stop_gradient` is given on to the array.
-TRAINABLE = ("lora", "on_scaled")
+# The kinds that are not given `stop_gradient`.
+UNTRAINABLE = ("nested",)
 # The kinds that cannot be stacked leaf by leaf: the base has a scale of one number.
 UNSTACKED = ("on_scaled",)
 # The kinds of which one leaf follows from others, and so cannot be filled at random.
@@ -53,7 +54,7 @@ class Weight(NamedTuple):
         )
         if isinstance(w, LoraArray):
             return eqx.tree_at(lambda w: w.delta, w, _cast(w.delta, self.factors))
-        return _cast(w, self.factors)
+        return _cast(w, self.factors) if isinstance(w, LowRankArray) else w
 
 
 class Input(NamedTuple):
@@ -66,10 +67,10 @@ class Input(NamedTuple):
         return _normal(np.random.default_rng(100 + self.seed), self)
 
 
+@ft.cache
 def abstract(x: Weight | Input) -> jax.ShapeDtypeStruct:
     """What a dense program sees of it."""
-    narrow = isinstance(x, Weight) and KINDS[x.kind] is low_rank
-    return jax.ShapeDtypeStruct(x.shape, jnp.dtype(x.factors if narrow else x.dtype))
+    return jax.eval_shape(dense, x.make(leave=True))
 
 
 def _normal(rng, like) -> np.ndarray:
@@ -77,9 +78,20 @@ def _normal(rng, like) -> np.ndarray:
 
 
 def _fill(tree, seed: int):
+    """Numbers for the leaves; and for integers, which choose among others, 0 or 1."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: _normal(rng, x), tree)
+    inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
+    return jax.tree.map(
+        lambda x: (
+            _normal(rng, x)
+            if inexact(x)
+            else rng.integers(0, 2, x.shape).astype(x.dtype)
+        ),
+        tree,
+    )
 
 
 def _cast(tree, dtype: str):
-    return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), tree)
+    floats, rest = eqx.partition(tree, eqx.is_inexact_array_like)
+    cast = lambda x: np.asarray(x).astype(jnp.dtype(dtype))
+    return eqx.combine(jax.tree.map(cast, floats), rest)

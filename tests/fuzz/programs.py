@@ -13,7 +13,7 @@ import hypothesis.strategies as st
 from helpers import DERIVATIVES, KINDS, TRANSFORMS
 from hypothesis import reject
 
-from .arrays import Input, TRAINABLE, UNSTACKED, Weight
+from .arrays import Input, UNSTACKED, UNTRAINABLE, Weight
 from .drawing import Draft, NAMES
 from .flow import ADJOINTS, DOUBLES, FLOWS, ONLY_FORWARD
 from .oracle import verify
@@ -120,7 +120,7 @@ def _weights(draw, kind: str | None, kernel: bool):
     if draw(st.integers(0, 3)) == 0:
         dtype = draw(st.sampled_from(_NARROW))
         factors = draw(st.sampled_from([*_NARROW, "float64"]))
-    trains = kind in TRAINABLE and draw(st.integers(0, 3)) == 0
+    trains = kind not in UNTRAINABLE and draw(st.integers(0, 3)) == 0
     rank = draw(st.integers(1, 2))
     return Weight(
         kind, shape, rows, cols, rank, dtype=dtype, factors=factors, trains=trains
