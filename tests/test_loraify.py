@@ -15,9 +15,10 @@ import pytest
 import quax
 
 from lora_quax import FullArray, init, LoraArray, LowRankArray
+from lora_quax._arrays.base import is_adapted
 from lora_quax._model.loraify import loraify
 from lora_quax._model.merge import merge, unload
-from lora_quax._model.paths import dotted, is_adapted
+from lora_quax._model.paths import dotted
 from lora_quax._model.summary import summary
 from lora_quax._model.targets import Adapt
 
