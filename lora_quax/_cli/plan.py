@@ -74,7 +74,7 @@ class _Planner:
         for name, x in arrays_of(self.content).items():
             if not is_finite(x):
                 self.problems.append(f"`{name}` is not finite")
-        for weight, update in self._settled():
+        for weight, update in self._identified():
             self._update(weight, update)
         for weight, part in self.squares:
             self._square(weight, part)
@@ -120,9 +120,9 @@ class _Planner:
             return {}
         return unstack(name, shape)
 
-    def _settled(self) -> list[tuple[str, Update]]:
-        """The updates, each with its weight."""
-        out, open_ = [], {}
+    def _identified(self) -> list[tuple[str, Update]]:
+        """The updates, each with the one weight that it is of."""
+        out, open_ = [], {}  # `open_`: those that may be of several.
         for name, update in self.content.updates.items():
             if not update.has_base:
                 self.problems.append(
