@@ -190,6 +190,14 @@ BAD = {
     "rank float": (dict(rank=2.0), ValueError, r"got 2\.0"),
     "rank bool": (dict(rank=True), ValueError, "got True"),
     "alpha string": (dict(alpha="8"), TypeError, "`alpha` must be a number"),
+    "alpha too large": (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
+    "alpha complex": (dict(alpha=1j), TypeError, "`alpha` must be a number"),
+    "ranks": (dict(rank=np.array([1, 2])), ValueError, "`rank` must be a positive"),
+    "factors of 8 bits": (
+        dict(dtype=jnp.float8_e5m2),
+        TypeError,
+        "of 16 bits or more, got float8_e5m2",
+    ),
     "alpha nan": (dict(alpha=float("nan")), ValueError, "`alpha` must be finite"),
     "key missing": (dict(key=None), TypeError, "`key` must be one key"),
     "key integer": (dict(key=3), TypeError, "`key` must be one key"),
@@ -257,3 +265,53 @@ def test_refusal_names_what_and_why():
         quax.quaxify(lambda w: w.ravel())(w)
     with pytest.raises(MaterialiseError, match="was called"):
         w.materialise()
+
+
+# Arrays from their parts.
+
+
+def test_from_parts(getkey):
+    base = jr.normal(getkey(), (5, 3))
+    b, a = jr.normal(getkey(), (5, 2)), jr.normal(getkey(), (2, 3))
+    delta = LowRankArray(a, b, alpha=4, allow_materialise=True)
+    weight = LoraArray.from_parts(base, delta)
+    assert jnp.allclose(weight.materialise(), base + 2 * b @ a, atol=1e-6)
+    assert weight.base is base and weight.delta is delta and weight.stop_gradient
+    assert weight.allow_materialise
+    assert not LoraArray.from_parts(base, delta, stop_gradient=False).stop_gradient
+    # As the constructor makes it.
+    like = LoraArray(base, rank=2, key=getkey(), alpha=4, allow_materialise=True)
+    assert jax.tree.structure(weight) == jax.tree.structure(like)
+
+
+PARTS = {
+    "another shape": (jnp.ones((5, 4)), None, ValueError, "does not fit a weight of"),
+    "a shape that broadcasts": (jnp.ones((1, 3)), None, ValueError, "does not fit"),
+    "integers": (jnp.ones((5, 3), int), None, TypeError, "must be a floating-point"),
+    "no array": ("w", None, TypeError, "must be an array, got 'w'"),
+    "no update": (jnp.ones((5, 3)), jnp.ones((5, 3)), TypeError, "`AbstractDelta`"),
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_parts_that_do_not_fit(parts, _unchecked):
+    base, delta, error, match = PARTS[parts]
+    delta = LowRankArray.init((5, 3), rank=2, key=jr.key(0)) if delta is None else delta
+    with pytest.raises(error, match=match):
+        LoraArray.from_parts(base, delta)
+
+
+def test_nothing_replaces_fields_unchecked():
+    assert not any(hasattr(cls, "replace") for cls in (LoraArray, LowRankArray))
+
+
+@pytest.mark.parametrize(
+    "factor, shape", [("a", (2, 1)), ("a", (1, 3)), ("b", (1, 2)), ("b", (5, 1))]
+)
+def test_a_factor_of_a_shape_that_would_broadcast(factor, shape):
+    weight = LoraArray(jnp.ones((5, 3)), rank=2, key=jr.key(0), init_b=normal)
+    where = lambda w: getattr(w.delta, factor)
+    weight = eqx.tree_at(where, weight, jnp.ones(shape))
+    for run in merge, lambda w: quax.quaxify(lambda w, x: w @ x)(w, jnp.ones(3)):
+        with pytest.raises((TypeError, ValueError), match="shape"):
+            run(weight)

@@ -15,9 +15,10 @@ import pytest
 import quax
 
 from lora_quax import FullArray, init, LoraArray, LowRankArray
+from lora_quax._arrays.base import is_adapted
 from lora_quax._model.loraify import loraify
 from lora_quax._model.merge import merge, unload
-from lora_quax._model.paths import dotted, is_adapted
+from lora_quax._model.paths import dotted
 from lora_quax._model.summary import summary
 from lora_quax._model.targets import Adapt
 
@@ -319,7 +320,20 @@ BAD = [
     (dict(alpha=math.inf), ValueError, "`alpha` must be finite"),
     (dict(init_a=normal, scale=1.0), ValueError, "either `init_a` or `scale`"),
     (dict(init_a=lambda k, s, d: jnp.zeros(3)), ValueError, "asked for shape"),
-    (dict(dtype=jnp.int8), TypeError, "`dtype` must be a floating-point type"),
+    (
+        dict(dtype=jnp.int8),
+        TypeError,
+        "`dtype`, of the factors, must be a floating-point type",
+    ),
+    (dict(dtype=jnp.float8_e4m3fn), TypeError, "of 16 bits or more, got float8_e4m3fn"),
+    (dict(rank=np.array([1, 2])), ValueError, "`rank` must be a positive integer"),
+    (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
+    (dict(alpha=np.array([1.0])), TypeError, "`alpha` must be a number"),
+    (
+        dict(key=jax.eval_shape(lambda: jr.key(0))),
+        TypeError,
+        r"`key` is abstract, and the model is not.*`layers\.0\.weight`",
+    ),
     (dict(targets="nope"), ValueError, "'nope' of `targets` matched nothing"),
     (dict(model=[]), ValueError, "has no floating-point array"),
     (dict(model=eqx.nn.LayerNorm(3)), ValueError, "default targets .*matched nothing"),
@@ -349,3 +363,82 @@ def test_missing_leaves():
 def test_default_initialiser_is_ours():
     lora = loraify(mlp(), 2, jr.key(1), init_a=init.uniform)
     assert eqx.tree_equal(lora, loraify(mlp(), 2, jr.key(1)))
+
+
+def test_weights_of_one_dotted_path():
+    """A key may have a dot in it. Each weight has factors of its own all the same."""
+    model = {"a.b": {"c": jnp.ones((5, 6))}, "a": {"b.c": jnp.ones((1, 6))}}
+    out = loraify(model, 2, jr.key(0), targets=r"a\.b\.c", init_b=normal)
+    one, other = out["a.b"]["c"], out["a"]["b.c"]
+    assert (one.delta.shape, other.delta.shape) == ((5, 6), (1, 6))
+    assert not jnp.any(one.a == other.a)
+    rows = {row.shape for row in summary(out).rows}
+    assert rows == {(5, 6), (1, 6)}
+    for before, after in zip(*map(jax.tree.leaves, (model, unload(out)))):
+        assert before is after
+    for before, after in zip(*map(jax.tree.leaves, (model, merge(out)))):
+        assert before.shape == after.shape
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, np.asarray, jnp.asarray])
+def test_numbers_of_other_libraries(kind):
+    model = {"w": jnp.ones((4, 3))}
+    with_ = lambda rank, alpha, scale: loraify(
+        model, rank, jr.key(0), targets="w", alpha=alpha, scale=scale
+    )["w"]
+    wanted, got = with_(2, 4, 3.0), with_(np.int64(2), kind(4), kind(3))
+    assert type(got.alpha) is float and type(got.rank) is int
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    assert jnp.all(got.a == wanted.a)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_a_base_of_8_bits(dtype):
+    base = (jr.normal(jr.key(0), (4, 3))).astype(dtype)
+    weight = loraify({"w": base}, 2, jr.key(1), targets="w", init_b=normal)["w"]
+    assert weight.dtype == dtype and weight.a.dtype == jnp.float32
+    want = (base.astype(jnp.float32) + weight.b @ weight.a).astype(dtype)
+    got = merge(weight)
+    assert got.dtype == dtype
+    one_step = float(jnp.finfo(dtype).eps)
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    assert jnp.allclose(got, want, rtol=one_step)
+
+
+def test_kernels_of_other_libraries(x64):
+    """A convolution's (height, width, in, out), of which three axes are rows."""
+    keys = jr.split(jr.key(0), 3)
+    model = {
+        "conv": {"kernel": jr.normal(keys[0], (3, 3, 2, 5))},
+        "dense": {"kernel": jr.normal(keys[1], (5, 4))},
+    }
+    targets = {"conv.kernel": Adapt(rows=3, cols=1), "dense.kernel": True}
+    model = loraify(model, 2, keys[2], targets=targets, init_b=normal)
+    kernel = model["conv"]["kernel"]
+    assert (kernel.b.shape, kernel.a.shape) == ((3, 3, 2, 2), (2, 5))
+    by_default = loraify(unload(model), 2, keys[2], targets="conv.kernel")
+    assert by_default["conv"]["kernel"].a.shape == (3, 3, 2, 5)  # One for each tap.
+
+    def loss(kernels, x):
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernels[0],
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return jnp.sum((jnp.tanh(y).mean((1, 2)) @ kernels[1]) ** 2)
+
+    def dense(factors, x):
+        (b, a), (b2, a2) = factors
+        first = kernel.base + jnp.einsum("hwir,ro->hwio", b, a)
+        return loss((first, model["dense"]["kernel"].base + b2 @ a2), x)
+
+    x = jr.normal(jr.key(3), (2, 6, 6, 2))
+    kernels = kernel, model["dense"]["kernel"]
+    factors = tuple((w.b, w.a) for w in kernels)
+    got, grads = eqx.filter_value_and_grad(quax.quaxify(loss))(kernels, x)
+    want, wanted = jax.value_and_grad(dense)(factors, x)
+    assert jnp.allclose(got, want)
+    for w, (b, a) in zip(grads, wanted):
+        assert jnp.allclose(w.delta.b, b) and jnp.allclose(w.delta.a, a)

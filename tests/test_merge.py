@@ -7,9 +7,18 @@ import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
 import pytest
+import quax
 from files import bits, Int8
+from jax.core import ShapedArray
 
-from lora_quax import FullArray, LoraArray, LowRankArray
+from lora_quax import (
+    FullArray,
+    load_adapter,
+    LoraArray,
+    LowRankArray,
+    save_adapter,
+    summary,
+)
 from lora_quax._model.loraify import loraify
 from lora_quax._model.merge import merge, unload
 from lora_quax._model.training import partition
@@ -128,6 +137,37 @@ def test_a_quantised_base(donate, getkey):
     (got,) = merge([weight], donate=donate)
     assert eqx.is_array(got) and jnp.allclose(got, want, atol=1e-5)
     assert base.q.is_deleted() == donate
+
+
+class Affine(quax.ArrayValue):
+    """A quantised array, of which a part is optional, as that of other libraries."""
+
+    q: jax.Array
+    zero_point: jax.Array | None = None
+
+    def aval(self):
+        return ShapedArray(self.q.shape, jnp.float32)
+
+    def materialise(self):
+        zero = 0 if self.zero_point is None else self.zero_point
+        return (self.q.astype(jnp.float32) - zero) / 16
+
+
+@pytest.mark.parametrize("zero_point", [None, 3.0])
+def test_a_base_with_an_optional_part(zero_point, getkey, tmp_path):
+    zero_point = None if zero_point is None else jnp.asarray(zero_point)
+    q = jr.randint(getkey(), (4, 5), -100, 100, jnp.int8)
+    base = {"w": Affine(q, zero_point)}
+    model = loraify(base, 2, getkey(), targets="w", init_b=normal)
+    (row,) = summary(model).rows
+    assert (row.trainable, row.frozen) == (2 * (4 + 5), 4 * 5)
+    want = base["w"].materialise() + model["w"].b @ model["w"].a
+    assert jnp.allclose(merge(model)["w"], want, atol=1e-5)
+    assert unload(model)["w"] is base["w"]
+    save_adapter(tmp_path / "adapter", model, base=base)
+    loaded = load_adapter(tmp_path / "adapter", base)
+    assert jax.tree.structure(loaded) == jax.tree.structure(model)
+    assert jnp.all(merge(loaded)["w"] == merge(model)["w"])
 
 
 def test_an_adapter_on_an_adapter(getkey):

@@ -246,7 +246,11 @@ def test_errors(targets, error, match):
         (dict(rank=True), ValueError, "`rank` must be a positive integer"),
         (dict(alpha=float("nan")), ValueError, "`alpha` must be finite"),
         (dict(scale=True), TypeError, "scale"),
-        (dict(dtype=jnp.int32), TypeError, "`dtype` must be a floating-point type"),
+        (
+            dict(dtype=jnp.int32),
+            TypeError,
+            "`dtype`, of the factors, must be a floating-point type",
+        ),
         (dict(rows=0), ValueError, "`rows` must be at least 1"),
         (dict(cols=True), TypeError, "`cols` must be an integer"),
         (dict(scale=0.1, init_a=jax.nn.initializers.zeros), ValueError, "not both"),
@@ -290,3 +294,14 @@ def test_missing_leaves():
 def test_entries_keep_their_order():
     shown = [entry.shown for entry in read_targets(["b", ("a", 2), eqx.nn.Linear])]
     assert shown == ["'b'", "'a'", "Linear"]
+
+
+@pytest.mark.parametrize("targets", ["blocks", ["head", "blocks"], "attn"])
+def test_a_module_that_holds_others(targets):
+    """It is none that could be adapted itself; what would mean its inside is said."""
+    with pytest.raises(ValueError, match="a module that holds others") as caught:
+        select(MODEL, targets)
+    inside = str(caught.value).split()[-1]
+    found = [leaf.path for leaf, choice in select(MODEL, inside) if choice is not None]
+    name = targets if isinstance(targets, str) else targets[-1]
+    assert found and all(name in path.split(".") for path in found)

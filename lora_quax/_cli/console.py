@@ -1,6 +1,12 @@
-"""Where the commands print."""
+"""What the commands share of the world outside: where they print, where they may
+write, and the file that `--names` names."""
+
+from pathlib import Path
 
 from rich.console import Console
+
+from .._disk.files import AdapterError, read_json
+from ..peft._names import Namer
 
 
 _WIDE = 10_000  # A path is never cut off for want of room.
@@ -24,3 +30,33 @@ def show(table) -> None:
         out.print(table)
     lines = (line.rstrip() for line in capture.get().splitlines())
     print(*filter(None, lines), sep="\n")
+
+
+def refuse_existing(path: Path) -> None:
+    """A command never writes over anything. An empty folder may be written to.
+
+    **Raises:** `FileExistsError`; `FileNotFoundError` if it would be in no folder.
+    """
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if (path.exists() or path.is_symlink()) and not is_empty:
+        what = "is not empty" if path.is_dir() else "exists"
+        raise FileExistsError(f"{path} {what}, and is left alone. Name another place.")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write to.")
+
+
+def read_names(path: Path | None) -> dict[str, str] | None:
+    """**Raises:** `FileNotFoundError`; `AdapterError` if it is no object of names."""
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path} to read names from.")
+    names = read_json(path)
+    for key, name in names.items():
+        if not isinstance(name, str):
+            raise AdapterError(f"{path}: {key!r} is given {name!r}, which is no name.")
+    return names
+
+
+def namer(path: Path | None) -> Namer:
+    return Namer(read_names(path))

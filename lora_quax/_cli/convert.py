@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 
 from .._disk.adapter import save_adapter
-from ..peft import load, save
-from .content import read_content
-from .from_ours import skeleton_of_ours
-from .from_peft import skeleton_of_peft
-from .names import namer, read_names
-from .out import refuse_existing
+from ..peft._load import put_around
+from ..peft._read import read
+from ..peft._save import save
+from .console import namer, read_names, refuse_existing
+from .content import content_of_peft, is_peft
+from .skeleton import skeleton_of_ours, skeleton_of_peft
 
 
 def convert(
@@ -28,22 +28,23 @@ def convert(
     """**Raises:** `AdapterError` or `ValueError`, with the reason, for what the other
     format does not have; `OSError`. Nothing is written then."""
     refuse_existing(goal)
-    content = read_content(source)
     with jax.enable_x64(True):  # Or JAX would narrow float64 without a word.
-        if content.format == "lora_quax":
+        if is_peft(source):
+            _to_ours(source, goal, names, transposed)
+        else:
             model = skeleton_of_ours(source)
-            save(
-                goal,
-                model,
-                names=read_names(names),
-                transposed=transposed,
-                fan_in_fan_out=fan_in_fan_out,
-            )
-            return 0
-        if goal.is_dir():
-            raise IsADirectoryError(f"{goal} is a folder; a file is to be written.")
-        skeleton = skeleton_of_peft(content, namer(names), transposed)
-        in_peft = skeleton.names.__getitem__
-        model = load(source, skeleton.tree, names=in_peft, transposed=transposed)
-        save_adapter(goal, model)
+            options = dict(transposed=transposed, fan_in_fan_out=fan_in_fan_out)
+            save(goal, model, names=read_names(names), **options)
     return 0
+
+
+def _to_ours(
+    source: Path, goal: Path, names: Path | None, transposed: Sequence[str]
+) -> None:
+    if goal.is_dir():
+        raise IsADirectoryError(f"{goal} is a folder; a file is to be written.")
+    adapter = read(source)
+    skeleton = skeleton_of_peft(content_of_peft(adapter), namer(names), transposed)
+    in_peft = skeleton.names.__getitem__
+    model = put_around(adapter, skeleton.tree, names=in_peft, transposed=transposed)
+    save_adapter(goal, model)

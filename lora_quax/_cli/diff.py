@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
+from .._disk.exchange import same_bits
 from ..peft._initial import INITIALISATIONS
-from .content import read_content
-from .norm import distance, distance_of_values, same, same_bits
-from .update import Content, Update
+from .content import Content, norm_of_product, read_content, Update
 
 
 def diff(one: Path, other: Path) -> int:
@@ -56,15 +55,15 @@ def _between(first: dict, second: dict, one: Path, other: Path, compare) -> list
 
 def _of_updates(x: Update, y: Update) -> list[str]:
     out = _unequal(x, y, ("rank", "alpha", "shape", "dtype", "has_base"))
-    if x.shape == y.shape and not same(x, y):
-        out.append(f"relative difference {distance(x, y):.3g}")
+    if x.shape == y.shape and not _same(x, y):
+        out.append(f"relative difference {_distance(x, y):.3g}")
     return out
 
 
 def _of_values(x: np.ndarray, y: np.ndarray) -> list[str]:
     out = _unequal(x, y, ("shape", "dtype"))
     if x.shape == y.shape and not same_bits(x, y):
-        out.append(f"relative difference {distance_of_values(x, y):.3g}")
+        out.append(f"relative difference {_distance_of_values(x, y):.3g}")
     return out
 
 
@@ -74,3 +73,30 @@ def _unequal(x, y, fields: tuple[str, ...]) -> list[str]:
         for field in fields
         if getattr(x, field) != getattr(y, field)
     ]
+
+
+def _distance(one: Update, other: Update) -> float:
+    """The norm of the difference of two updates of one shape, relative to the larger.
+
+    It is NaN if either is not finite.
+    """
+    (a1, b1), (a2, b2) = one.factors(), other.factors()
+    most = max(norm_of_product(a1, b1), norm_of_product(a2, b2))
+    if most == 0:
+        return 0.0
+    # b1 @ a1 - b2 @ a2 is itself a product, of both ranks together.
+    a = np.concatenate([a1, a2], axis=-2)
+    b = np.concatenate([b1, -b2], axis=-1)
+    return norm_of_product(a, b) / most
+
+
+def _same(one: Update, other: Update) -> bool:
+    pairs = (one.a, other.a), (one.b, other.b)
+    return one.alpha == other.alpha and all(same_bits(x, y) for x, y in pairs)
+
+
+def _distance_of_values(x: np.ndarray, y: np.ndarray) -> float:
+    """As `_distance`, of two arrays of one shape."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    most = max(float(np.linalg.norm(x)), float(np.linalg.norm(y)))
+    return float(np.linalg.norm(x - y)) / most if most else 0.0

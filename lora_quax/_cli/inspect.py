@@ -8,9 +8,14 @@ from rich.text import Text
 
 from ..peft._initial import INITIALISATIONS
 from .console import show
-from .content import arrays_of, is_finite, read_content, totals
-from .norm import norm
-from .update import Content
+from .content import (
+    arrays_of,
+    Content,
+    is_finite,
+    norm_of_product,
+    read_content,
+    totals,
+)
 
 
 _MARK = "not finite"
@@ -58,7 +63,7 @@ def _rows(content: Content, bad: set[str]) -> list[tuple[str, ...]]:
                 f"{x.alpha:g}",
                 f"{x.scaling:.4g}",
                 x.dtype,
-                "" if sides else f"{norm(x):.4g}",
+                "" if sides else f"{norm_of_product(*x.factors()):.4g}",
                 f"{_MARK}: {' and '.join(sides)}" if sides else "",
             )
         )

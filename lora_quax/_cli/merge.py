@@ -9,17 +9,39 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.progress import Progress
 
-from .._disk.files import AdapterError, open_tensors, TensorFile, written_whole
-from .base import Base, read_base
-from .console import console
+from .._disk.files import (
+    AdapterError,
+    open_tensors,
+    read_header,
+    read_json,
+    TensorFile,
+    written_whole,
+)
+from .console import console, namer, refuse_existing
 from .content import is_finite, read_content
-from .names import namer
-from .out import refuse_existing
-from .plan import plan, Square, Task
+from .plan import plan, Square, Task, Tensor, Tensors
+
+
+_SUFFIX = ".safetensors"
+_INDEX = "model.safetensors.index.json"
+# Other copies of the weights: they would be those of the model before the merge.
+_WEIGHTS = (
+    ".bin .bin.index.json .ckpt .gguf .h5 .h5.index.json .index .msgpack "
+    ".msgpack.index.json .npz .onnx .ot .pkl .pt .pth .safetensors.index.json .tflite"
+).split()
+
+
+class Base(NamedTuple):
+    """The tensors of a model, and the files that make it up."""
+
+    tensors: Tensors
+    shards: list[Path]
+    others: list[Path]  # configuration, tokeniser, index
 
 
 def merge(
@@ -28,7 +50,7 @@ def merge(
     """**Raises:** `AdapterError`, `OSError`; then nothing is written."""
     refuse_existing(out)
     model = read_base(base)
-    tasks = plan(read_content(adapter), model, namer(names), square)
+    tasks = plan(read_content(adapter), model.tensors, namer(names), square)
     with _folder(base, out), _progress(len(tasks)) as advance:
         goals = _goals(base, model, out)
         with written_whole(*goals.values()) as beside:
@@ -113,3 +135,68 @@ def _sum(x: np.ndarray, task: Task) -> np.ndarray:
         delta += update.reshape(x.shape)
     # -0 + 0 would be +0: a weight without an update stays bit for bit.
     return np.where(delta == 0, x, x + delta)
+
+
+# The base: one file, or a folder of shards.
+
+
+def read_base(path: Path) -> Base:
+    """**Raises:** `FileNotFoundError`; `AdapterError` if a file is not sound, a tensor
+    is in two files, or an index and its files are at odds."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file or folder {path}.")
+    if not path.is_dir():
+        return Base(_tensors(path), [path], [])
+    index = path / _INDEX
+    where = _read_index(index) if index.is_file() else None
+    files = sorted(path.iterdir())
+    shards = [file for file in files if file.name.endswith(_SUFFIX)]
+    if where is not None:
+        shards = [path / name for name in sorted(set(where.values()))]
+    if not shards:
+        raise FileNotFoundError(f"There is no file *{_SUFFIX} in {path}.")
+    tensors: Tensors = {}
+    for shard in shards:
+        for name, tensor in _tensors(shard).items():
+            if name in tensors:
+                raise AdapterError(
+                    f"`{name}` is in {tensors[name].file} and in {shard}: which is "
+                    f"meant? A file {_INDEX} would say it."
+                )
+            tensors[name] = tensor
+    for name, file in (where or {}).items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise AdapterError(f"{index} says that `{name}` is in {file}; it is not.")
+    others = [file for file in files if _is_other(file)]
+    return Base(tensors, shards, [*others, *([index] if where is not None else [])])
+
+
+def _is_other(file: Path) -> bool:
+    ends = (_SUFFIX, *_WEIGHTS)
+    return (
+        file.is_file()
+        and not file.name.startswith(".")
+        and not file.name.endswith(ends)
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    where = read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise AdapterError(f"{path} has no `weight_map`.")
+    for name, file in where.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise AdapterError(f"{path} has {file!r} for `{name}`, which is no file.")
+    return where
+
+
+def _tensors(path: Path) -> Tensors:
+    with open_tensors(path) as file:
+        specs = file.specs
+    with path.open("rb") as file:
+        data = 8 + int.from_bytes(file.read(8), "little")
+    header = read_header(path)
+    return {
+        name: Tensor(path, dtype, shape, data + header[name]["data_offsets"][0])
+        for name, (dtype, shape) in specs.items()
+    }

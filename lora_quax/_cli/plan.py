@@ -6,6 +6,7 @@ parameters of a module is meant. Shapes tell, or there is no telling.
 """
 
 import itertools
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,9 +14,7 @@ import numpy as np
 from .._disk.files import refuse
 from ..peft._initial import INITIALISATIONS
 from ..peft._names import Namer, split, stack_axes, unstack
-from .base import Base, Tensor
-from .content import arrays_of, is_finite
-from .update import Added, Content, Update
+from .content import Added, arrays_of, Content, is_finite, Update
 
 
 Square: TypeAlias = Literal["out-in", "in-out"] | None
@@ -24,6 +23,18 @@ _TURNS = ("linear", "array", "experts")  # Kinds that a model may keep as (in, o
 # What `transformers` calls its layers that are kept so. PEFT has one flag for them all,
 # which says no where others are adapted beside them.
 _CONV1D = ("c_attn", "c_fc", "c_proj", "q_attn")
+
+
+class Tensor(NamedTuple):
+    """Where a tensor of the base lies."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # in the file
+
+
+Tensors: TypeAlias = dict[str, Tensor]  # by name
 
 
 class Part(NamedTuple):
@@ -46,9 +57,11 @@ class Task:
 class _Planner:
     """Finds the tensors, and remembers what does not fit."""
 
-    def __init__(self, content: Content, base: Base, namer: Namer, square: Square):
+    def __init__(
+        self, content: Content, tensors: Tensors, namer: Namer, square: Square
+    ):
         self.content = content
-        self.tensors = base.tensors
+        self.tensors = tensors
         self.namer = namer
         self.square = square
         self.problems: list[str] = []
@@ -61,7 +74,7 @@ class _Planner:
         for name, x in arrays_of(self.content).items():
             if not is_finite(x):
                 self.problems.append(f"`{name}` is not finite")
-        for weight, update in self._settled():
+        for weight, update in self._identified():
             self._update(weight, update)
         for weight, part in self.squares:
             self._square(weight, part)
@@ -107,9 +120,9 @@ class _Planner:
             return {}
         return unstack(name, shape)
 
-    def _settled(self) -> list[tuple[str, Update]]:
-        """The updates, each with its weight."""
-        out, open_ = [], {}
+    def _identified(self) -> list[tuple[str, Update]]:
+        """The updates, each with the one weight that it is of."""
+        out, open_ = [], {}  # `open_`: those that may be of several.
         for name, update in self.content.updates.items():
             if not update.has_base:
                 self.problems.append(
@@ -260,10 +273,12 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def plan(content: Content, base: Base, namer: Namer, square: Square) -> dict[str, Task]:
+def plan(
+    content: Content, tensors: Tensors, namer: Namer, square: Square
+) -> dict[str, Task]:
     """What becomes of each tensor of the base that changes, by its name.
 
     **Raises:** `AdapterError`, which lists everything that is wrong; `ValueError` if a
     name to be changed is none of the adapter's.
     """
-    return _Planner(content, base, namer, square).plan()
+    return _Planner(content, tensors, namer, square).plan()

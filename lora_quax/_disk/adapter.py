@@ -1,8 +1,8 @@
 """An adapter on disk: what trains, and how to put it around the weights again.
 
 A file holds all of an adaptation, what trains and what does not, and nothing of what it
-was put around: the leaves by their paths, and for each adapted weight a description that
-mirrors its array.
+was put around: the leaves by their paths, and for each adapted weight a description
+that mirrors its array.
 """
 
 import json
@@ -21,7 +21,7 @@ from .._arrays.base import BASE, is_adapted, roles
 from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
 from .._model.training import partition
-from .description import build, describe, describe_layer
+from .description import build, describe, describe_layer, NONSENSE, said
 from .exchange import (
     refuse_ambiguous,
     refuse_changed,
@@ -46,8 +46,19 @@ _KEY = "lora_quax"  # Of the metadata; one, because the library does not sort th
 class Adapter(NamedTuple):
     """What a file holds."""
 
-    weights: dict[str, dict[str, Any]]  # path -> what `describe` says of it
+    weights: dict[str, Any]  # path -> its description, as it is in the file
     tensors: dict[str, np.ndarray]  # path of a leaf -> its value
+    version: int
+
+    def about(self, path: str) -> Any:
+        """What `describe` says of a weight, and its layer.
+
+        **Raises:** one of `NONSENSE` if what is in the file cannot be read.
+        """
+        about = self.weights[path]
+        if self.version > 1:
+            return about
+        return {**upgraded(about), "layer": about["layer"]}
 
 
 def save_adapter(
@@ -108,8 +119,7 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
     adapter = read_adapter(path)
     problems: list[str] = []
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
-    places = leaves_of(model)
-    paths = [place.path for place in places]
+    paths = [leaf.path for leaf in leaves_of(model)]
     refuse_ambiguous(path for path in paths if path in adapter.weights)
     for name in adapter.weights:
         if name not in paths:
@@ -119,9 +129,9 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
         if name in adapter.weights:
             try:
                 base = origin(leaves[i])
-                skeletons[i] = build(adapter.weights[name], base)
-            except (AttributeError, KeyError, TypeError, ValueError) as e:
-                problems.append(f"{named(name)}: {e}")
+                skeletons[i] = build(adapter.about(name), base)
+            except NONSENSE as e:
+                problems.append(f"{named(name)}: {said(e)}")
     skeleton = jax.tree.unflatten(treedef, skeletons)
     refuse_misfit(path, problems)
 
@@ -146,15 +156,15 @@ def extract(model: PyTree) -> Adapter:
     **Raises:** as `save_adapter`.
     """
     refuse_partial(model)
-    places = [place for place in leaves_of(model) if is_adapted(place.value)]
+    adapted = [leaf for leaf in leaves_of(model) if is_adapted(leaf.value)]
     leaves = jtu.tree_flatten_with_path(written(model)[0])[0]
     refuse_ambiguous(dotted(keys) for keys, _ in leaves)
     tensors = {dotted(keys): to_numpy(dotted(keys), x) for keys, x in leaves}
     weights = {
-        place.path: {**describe(place.value), "layer": describe_layer(place)}
-        for place in places
+        leaf.path: {**describe(leaf.value), "layer": describe_layer(leaf)}
+        for leaf in adapted
     }
-    return Adapter(weights, tensors)
+    return Adapter(weights, tensors, VERSION)
 
 
 def written(model: PyTree) -> tuple[PyTree, PyTree]:
@@ -190,20 +200,17 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         about = parse_json(metadata[_KEY])
         version, weights = about["version"], about["weights"]
         if type(version) is not int or version < 1 or not isinstance(weights, dict):
-            raise TypeError(f"it is of version {version!r}")
-        if version == 1:
-            weights = {
-                name: {**upgraded(said), "layer": said["layer"]}
-                for name, said in weights.items()
-            }
+            raise TypeError(f"it is of version {version!r:.40}")
     except (KeyError, TypeError, ValueError) as e:
-        raise AdapterError(f"{path}: its description cannot be read: {e!r}.") from e
+        raise AdapterError(f"{path}: its description cannot be read: {said(e)}.") from e
+    if not weights and version <= VERSION:
+        raise AdapterError(f"{path} is an adapter of no weight.")
     if version > VERSION:
         raise AdapterError(
             f"{path} was written by a newer lora_quax, in version {version} of the "
             f"format; this one reads up to {VERSION}."
         )
-    return Adapter(weights, tensors)
+    return Adapter(weights, tensors, version)
 
 
 _Specs = dict[str, tuple[tuple[int, ...], Any]]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._arrays.base import (
+    AbstractDelta,
     AdaptedArray,
     BASE,
     checked,
@@ -26,6 +27,14 @@ from .._model.paths import Leaf
 
 
 _LEVELS = 16  # Of arrays inside arrays; a file may claim any number.
+
+# What a description that makes no sense may raise. A form from elsewhere checks itself.
+NONSENSE = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+
+
+def said(e: Exception) -> str:
+    """An error of `NONSENSE` for a message."""
+    return f"it has no {e}" if isinstance(e, KeyError) else str(e)
 
 
 def describe(x) -> dict[str, Any]:
@@ -46,18 +55,25 @@ def describe(x) -> dict[str, Any]:
         value = getattr(x, field.name)
         if not isinstance(value, bool | int | float | str | None):
             raise TypeError(
-                f"the field `{field.name}` of {type(x).__name__} is {value!r}, and only "
-                "numbers, strings, true and false are written"
+                f"The field `{field.name}` of {type(x).__name__} is {value!r}. Only "
+                "numbers, strings, true and false can be written."
             )
         out[field.name] = value
     return out
 
 
-def build(about: dict[str, Any], base) -> Any:
+def form_of(about: Any) -> Any:
+    """What a description says it is of. A file may have anything in its place."""
+    if not isinstance(about, dict):
+        raise TypeError(f"{about!r:.40} is no description of an array")
+    return about["form"]
+
+
+def build(about: Any, base) -> Any:
     """The array described, around `base`, with abstract leaves for those of the file.
 
-    **Raises:** `KeyError`, `TypeError` or `ValueError` if the description makes no
-    sense, or not around this base.
+    **Raises:** one of `NONSENSE` if the description makes no sense, or not around this
+    base.
     """
     out = _build(about, base, _LEVELS)
     if base is not None and aval_of(out).shape != aval_of(base).shape:
@@ -65,33 +81,63 @@ def build(about: dict[str, Any], base) -> Any:
     return out
 
 
-def _build(about: dict[str, Any], base, levels: int) -> AdaptedArray:
+def _build(about: Any, base, levels: int) -> AdaptedArray:
     if not levels:
-        raise ValueError("it has too many adapters on one another")
-    form = about["form"]
+        raise _too_deep()
+    form = form_of(about)
     cls, values = _class_of(form), {}
     for field in fields_of(cls, static=False):
         inner, role = about[field.name], field.metadata.get("role")
-        if inner["form"] != "array":
+        if form_of(inner) != "array":
             values[field.name] = _build(inner, base, levels - 1)
         elif role == BASE:
             values[field.name] = _same_shape(base, inner)
         else:
-            values[field.name] = _abstract(inner, may_count=role == FROZEN)
+            # What does not train may be a count, or an index.
+            types = _TYPES + _INTEGERS if role == FROZEN else _TYPES
+            values[field.name] = _abstract(inner, types)
     for field in fields_of(cls, static=True):
         values[field.name] = _static(field, about[field.name])
     unknown = about.keys() - values.keys() - {"form", "layer"}
     if unknown:
-        raise ValueError(f"a {form!r} has no {', '.join(map(repr, sorted(unknown)))}")
+        first = min(unknown)
+        raise ValueError(f"an array of the form {form!r} has no field {first!r:.40}")
     return checked(make(cls, **values))
 
 
+def base_type(about: Any) -> jax.ShapeDtypeStruct | None:
+    """The type of the weight that was adapted; `None` for an update alone.
+
+    **Raises:** as `build`.
+    """
+    for _ in range(_LEVELS):
+        if form_of(about) == "array":
+            return _abstract(about, _TYPES + _SMALL_TYPES)
+        # As `base_of` finds it in an array.
+        for field in fields_of(_class_of(about["form"]), static=False):
+            inner, role = about[field.name], field.metadata.get("role")
+            is_update = role is None and issubclass(
+                _class_of(form_of(inner)), AbstractDelta
+            )
+            if role == BASE or role is None and not is_update:
+                about = inner
+                break
+        else:
+            return None
+    raise _too_deep()
+
+
+def _too_deep() -> ValueError:
+    return ValueError("it has too many adapters on one another")
+
+
 def _class_of(form) -> type:
-    for cls in _classes(AdaptedArray):
-        if cls.form == form:
-            return cls
+    found = [cls for cls in _classes(AdaptedArray) if cls.form == form]
+    if found:
+        return found[-1]  # A cell of a notebook may have defined it several times.
     raise ValueError(
-        f"its form {form!r} is not known; import the module that defines it first"
+        f"its form {form!r:.40} is not known; if it is that of an array of your own, "
+        "import the module that defines it first"
     )
 
 
@@ -103,13 +149,12 @@ def _classes(cls: type) -> Iterator[Any]:
         yield from _classes(sub)
 
 
-def _abstract(about: dict[str, Any], *, may_count: bool) -> jax.ShapeDtypeStruct:
-    """A leaf of the file. What does not train may be a count, or an index."""
-    shape, name = tuple(about["shape"]), about["dtype"]
-    if any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f"{about['shape']} is no shape")
-    counts = may_count and name in _INTEGERS
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(name) if counts else float_type(name))
+def _abstract(about: dict[str, Any], types: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+    """The type of an array, which must be one of these types of number."""
+    shape, name = about["shape"], about["dtype"]
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"{shape!r:.40} is no shape")
+    return jax.ShapeDtypeStruct(tuple(shape), _type_of_number(name, types))
 
 
 def _same_shape(base, about: dict[str, Any]):
@@ -118,41 +163,49 @@ def _same_shape(base, about: dict[str, Any]):
         raise ValueError("it has a base, and there is none")
     if list(aval_of(base).shape) != about["shape"]:
         raise _misfit(base, about["shape"])
-    float_type(aval_of(base).dtype.name)
+    _type_of_number(aval_of(base).dtype.name, _TYPES + _SMALL_TYPES)
     return base
 
 
 def _misfit(base, shape) -> ValueError:
-    return ValueError(f"it has shape {aval_of(base).shape}; the adapter is for {shape}")
+    return ValueError(
+        f"it has shape {aval_of(base).shape}; the adapter is for {str(shape):.80}"
+    )
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
 def _static(field, value):
     """A field without numbers, of the type that the class says."""
-    kinds = {t.__name__: t for t in (bool, int, float, str)}
-    kind = kinds.get(getattr(field.type, "__name__", field.type))
+    names = {kind.__name__: kind for kind in _KINDS}
+    kind = names.get(getattr(field.type, "__name__", field.type))
+    if kind is float and type(value) is int:
+        value = float(value)
     if kind is not None and type(value) is not kind:
-        raise TypeError(
-            f"{value!r} stands where `{field.name}`, {kind.__name__}, should"
-        )
+        raise TypeError(f"`{field.name}` must be {_KINDS[kind]}, got {value!r:.40}")
     if not isinstance(value, bool | int | float | str | None):
-        raise TypeError(f"{value!r} stands where `{field.name}` should")
+        raise TypeError(f"`{field.name}` is {str(value):.40}, an object or a list")
     return value
 
 
 _TYPES = "float16", "bfloat16", "float32", "float64"
 _INTEGERS = "int8", "int16", "int32", "uint8", "uint16", "uint32", "bool"
+# Those of a base that is stored in 8 bits.
+_SMALL_TYPES = "float8_e4m3fn", "float8_e5m2"
+_SMALL_TYPES += "float8_e4m3b11fnuz", "float8_e4m3fnuz", "float8_e5m2fnuz"
 
 
-def float_type(name: str) -> np.dtype:
-    """**Raises:** `TypeError` if it is no name of a type that is written."""
-    if name not in _TYPES:
-        raise TypeError(f"its type is {name!r}; {', '.join(_TYPES)} are known")
+def _type_of_number(name: str, known: tuple[str, ...]) -> np.dtype:
+    """**Raises:** `TypeError` if it is no name of one of these types."""
+    if name not in known:
+        raise TypeError(f"its type is {name!r:.40}; {', '.join(known)} are known")
     return jnp.dtype(name)
 
 
-def describe_layer(place: Leaf) -> dict[str, Any] | None:
+def describe_layer(leaf: Leaf) -> dict[str, Any] | None:
     """The known layer that a leaf is the weight of: another program may need it."""
-    layer = place.layer[1] if place.layer else None
+    layer = leaf.layer[1] if leaf.layer else None
     for kind in (eqx.nn.Linear, eqx.nn.Embedding):
         if isinstance(layer, kind):
             return {"type": kind.__name__}

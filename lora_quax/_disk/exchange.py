@@ -28,13 +28,13 @@ def to_numpy(path: str, x) -> np.ndarray:
 
 def refuse_changed(model: PyTree, base: PyTree) -> None:
     """**Raises:** `ValueError` if what would not be written is not as in `base`."""
-    before = {place.path: origin(place.value) for place in leaves_of(base)}
+    before = {leaf.path: origin(leaf.value) for leaf in leaves_of(base)}
     changed = [
-        named(place.path)
-        for place in leaves_of(model)
-        if is_array(place.value)
-        and BASE in jax.tree.leaves(roles(place.value))
-        and not same_bits(origin(place.value), before.get(place.path))
+        named(leaf.path)
+        for leaf in leaves_of(model)
+        if is_array(leaf.value)
+        and BASE in jax.tree.leaves(roles(leaf.value))
+        and not same_bits(origin(leaf.value), before.get(leaf.path))
     ]
     if changed:
         raise ValueError(

@@ -1,20 +1,25 @@
 """Descriptions as version 1 of the format had them, brought up to date.
 
-There each form had a layout of its own, which left out the shapes of the factors.
+There each form had a layout of its own, which left out the shapes of the factors: they
+follow from the shape of the weight, the rank, and how many axes are rows and columns.
 """
 
 from typing import Any
 
+from .description import form_of
 
-def upgraded(about: dict[str, Any], levels: int = 16) -> dict[str, Any]:
+
+def upgraded(about: Any, levels: int = 16) -> dict[str, Any]:
     """The description of an array, as `describe` writes it now.
 
-    **Raises:** `KeyError`, `TypeError` or `ValueError` if it makes no sense.
+    **Raises:** one of `NONSENSE` if it makes no sense.
     """
     if not levels:
         raise ValueError("it has too many adapters on one another")
-    form = about["form"]
+    form = form_of(about)
     if form == "array":
+        if not isinstance(about["shape"], list):
+            raise ValueError(f"{about['shape']!r:.40} is no shape")
         return {key: about[key] for key in ("form", "shape", "dtype")}
     if form == "low_rank":
         return _low_rank(about, about["shape"])
@@ -25,16 +30,19 @@ def upgraded(about: dict[str, Any], levels: int = 16) -> dict[str, Any]:
         return {"form": form, "base": base, "value": value}
     if form != "lora":
         raise ValueError(f"its form {form!r} is not known")
+    # The sum and its update each said whether they may be formed. The sum was asked.
+    may = {"allow_materialise": about["allow_materialise"]}
     return {
         "form": form,
         "base": base,
-        "delta": _low_rank(about["delta"], shape),
+        "delta": _low_rank({**about["delta"], **may}, shape),
         "stop_gradient": about["stop_gradient"],
         "stopped": False,
     }
 
 
 def _shape(about: dict[str, Any]) -> list[int]:
+    """That of the weight that was adapted, of which the description is upgraded."""
     while "base" in about:
         about = about["base"]
     if about["form"] != "array":

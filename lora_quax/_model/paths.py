@@ -32,14 +32,7 @@ def known_axes(layer) -> tuple[int, int] | None:
 
 def dotted(key_path) -> str:
     """A key path of JAX as it is written here: `blocks.0.attn.q_proj.weight`."""
-    return ".".join(map(_segment, key_path))
-
-
-def _segment(entry) -> str:
-    for name in ("name", "idx", "key"):
-        if hasattr(entry, name):
-            return str(getattr(entry, name))
-    return str(entry)
+    return jtu.keystr(key_path, simple=True, separator=".")
 
 
 def named(path: str) -> str:
@@ -146,12 +139,13 @@ def _largest_in_wrappers(leaves: list[Leaf]) -> list[Leaf]:
     others = set()
     for group in by_layer.values():
         if len(group) > 1:
-            sizes = [_size(leaf.value) for leaf in group]
+            sizes = [size_of(leaf.value) for leaf in group]
             others |= {x.path for x, n in zip(group, sizes) if n < max(sizes)}
     return [
         leaf._replace(layer=None) if leaf.path in others else leaf for leaf in leaves
     ]
 
 
-def _size(x) -> int:
+def size_of(x) -> int:
+    """How many numbers an array or a value stands for."""
     return math.prod(aval_of(x).shape)

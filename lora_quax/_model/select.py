@@ -17,6 +17,7 @@ from .._arrays.check import aval_of
 from .paths import is_array, is_float, join, known_axes, Leaf, named, walk
 from .targets import (
     Adapt,
+    ANY_PREFIX,
     DEFAULT_LAYERS,
     Entry,
     read_spec,
@@ -48,7 +49,7 @@ def select(model, targets: Targets | None) -> list[tuple[Leaf, Choice | None]]:
     leaves = walk(model)
     choices: list[Choice | None] = [None] * len(leaves)
     for entry in entries:
-        said: list[Treatment | None] = [_say(entry, leaf) for leaf in leaves]
+        said: list[Treatment | None] = [_spec_for(entry, leaf) for leaf in leaves]
         if all(spec is None for spec in said) and entry.spec is not None:
             raise _nothing(entry, leaves)
         for i, spec in enumerate(said):
@@ -66,7 +67,7 @@ def select(model, targets: Targets | None) -> list[tuple[Leaf, Choice | None]]:
     return [(leaf, choice) for leaf, choice in out if leaf.value is not None]
 
 
-def _say(entry: Entry, leaf: Leaf) -> Treatment | None:
+def _spec_for(entry: Entry, leaf: Leaf) -> Treatment | None:
     """What an entry says of a leaf; `None` if it does not mean it."""
     if entry.spec is None:
         if not (is_adapted(leaf.value) or is_float(leaf.value)):
@@ -76,13 +77,13 @@ def _say(entry: Entry, leaf: Leaf) -> Treatment | None:
             return None
         return read_spec(said, named(leaf.path))
     if isinstance(entry.spec, Adapt):
-        means = _means_weight(entry, leaf)
+        means = _selects_weight(entry, leaf)
     else:
-        means = _means_anything(entry, leaf)
+        means = _selects_array(entry, leaf)
     return entry.spec if means else None
 
 
-def _means_weight(entry: Entry, leaf: Leaf) -> bool:
+def _selects_weight(entry: Entry, leaf: Leaf) -> bool:
     """Whether a low-rank entry means this leaf."""
     if isinstance(entry.target, re.Pattern):
         paths = [leaf.path]
@@ -118,7 +119,7 @@ def _can_adapt(leaf: Leaf) -> bool:
     return is_float(leaf.value) and not leaf.is_vector
 
 
-def _means_anything(entry: Entry, leaf: Leaf) -> bool:
+def _selects_array(entry: Entry, leaf: Leaf) -> bool:
     """Whether an entry 'full' or 'freeze' means this leaf."""
     if isinstance(entry.target, re.Pattern):
         if entry.is_name and entry.target.fullmatch(leaf.path):
@@ -178,9 +179,24 @@ def _nothing(entry: Entry, leaves: list[Leaf]) -> ValueError:
             f"The target {entry.shown} matches no floating-point array: "
             f"{_some(numbers)}."
         )
+    if holder := _holder(entry, leaves):
+        inside = rf"(.*\.)?{entry.target.pattern.removeprefix(ANY_PREFIX)}\..*"
+        return ValueError(
+            f"The target {entry.shown} means {named(holder)}, which is neither a layer "
+            "nor an array, but a module that holds others. What can be adapted inside "
+            f"it is meant by the regular expression {inside}"
+        )
     near = _near(entry, leaves)
     hint = f"Near it are {_some(near)}." if near else _what_there_is(leaves)
     return ValueError(f"{entry.shown} of `targets` matched nothing. {hint}")
+
+
+def _holder(entry: Entry, leaves: list[Leaf]) -> str | None:
+    """The path of a module that a target is the name of, if there are arrays in it."""
+    if not isinstance(entry.target, re.Pattern) or not entry.is_name:
+        return None
+    paths = [path for leaf in leaves if _can_adapt(leaf) for path, _ in leaf.modules]
+    return next(filter(entry.target.fullmatch, filter(None, paths)), None)
 
 
 def _near(entry: Entry, leaves: list[Leaf]) -> list[str]:

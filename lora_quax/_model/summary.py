@@ -15,7 +15,7 @@ from .._arrays.base import BASE, base_of, FROZEN, is_adapted, lowered_type, role
 from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
 from .merge import refuse_missing
-from .paths import dotted, is_float
+from .paths import dotted, is_float, size_of
 
 
 class Row(NamedTuple):
@@ -163,12 +163,13 @@ def _count(x) -> tuple[int, int]:
     """
     if not is_adapted(x):
         is_parameter = isinstance(x, quax.ArrayValue) or is_float(x)
-        return 0, _size(x) if is_parameter else 0
+        return 0, size_of(x) if is_parameter else 0
     names = jtu.tree_leaves(roles(x))
     sizes = [math.prod(leaf.shape) for leaf in jtu.tree_leaves(x)]
     trains = sum(n for n, name in zip(sizes, names) if name not in (BASE, FROZEN))
     frozen = sum(n for n, name in zip(sizes, names) if name == FROZEN)
-    return trains, frozen + (_size(_used(x)) if BASE in names else 0)
+    used = _used(x) if BASE in names else None
+    return trains, frozen + (0 if used is None else size_of(used))
 
 
 def _used(x) -> Any:
@@ -177,7 +178,3 @@ def _used(x) -> Any:
     while is_adapted(x):
         x = base_of(x) if is_adapted(lowered_type(x)) else None
     return x
-
-
-def _size(x) -> int:
-    return 0 if x is None else math.prod(aval_of(x).shape)

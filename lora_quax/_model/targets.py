@@ -24,8 +24,20 @@ class Adapt:
     **Arguments:**
 
     - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`: as for `LoraArray`.
-    - `rows`, `cols`: how many axes of the weight are rows, and how many are columns.
-        By default that of the layer; one and one for an array outside a known layer.
+    - `rows`, `cols`: how many axes of the weight are rows, and how many are columns,
+        counted from the end; those before them are batch, with separate factors for
+        each index. By default that of the layer; one and one for an array outside a
+        known layer.
+
+    Other libraries keep a convolution's kernel as `(height, width, in, out)`. Its rows
+    are then the three axes in front, and without being told so `loraify` would take the
+    first two for batch:
+
+    ```python
+    targets={"conv.kernel": Adapt(rows=3, cols=1), "dense.kernel": True}
+    ```
+
+    There `b` takes inputs to rank, and `a` takes rank to outputs.
 
     **Raises:** `ValueError` or `TypeError` if a field is not what it should be.
     """
@@ -128,6 +140,9 @@ def _read_target(target, spec) -> Entry:
     )
 
 
+ANY_PREFIX = r"(?:.*\.)?"  # Any number of segments, or none.
+
+
 def read_pattern(target: str | re.Pattern) -> tuple[re.Pattern, bool]:
     """A name matches the last segments of a path, a regular expression all of it."""
     if isinstance(target, re.Pattern):
@@ -135,7 +150,7 @@ def read_pattern(target: str | re.Pattern) -> tuple[re.Pattern, bool]:
     if not target:
         raise ValueError("A target is the empty string, which names nothing.")
     if not set(target) & set(r"\*+?[](){}|^$"):
-        return re.compile(rf"(?:.*\.)?{re.escape(target)}", re.DOTALL), True
+        return re.compile(ANY_PREFIX + re.escape(target), re.DOTALL), True
     try:
         return re.compile(target), False
     except re.error as e:

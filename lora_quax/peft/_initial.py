@@ -13,7 +13,7 @@ from ._layout import Kind
 INITIALISATIONS = "pissa", "olora"
 
 
-def rest_of(
+def reduced(
     initialisation: bool | str | None,
     weight: np.ndarray,
     kind: Kind,
@@ -21,7 +21,7 @@ def rest_of(
     scaling: float,
     transposed: bool,
 ) -> np.ndarray:
-    """The weight without its first update, in its dtype.
+    """A weight without the first update that was taken out of it, in its dtype.
 
     **Raises:** `ValueError` for a kind of weight that PEFT does not initialise so.
     """

@@ -21,20 +21,16 @@ SUFFIXES: dict[Kind, tuple[str, str]] = {
 }
 
 
-def kind_of(place: Leaf, shape: tuple[int, ...], transposed: bool) -> Kind:
+def kind_of(leaf: Leaf, shape: tuple[int, ...], transposed: bool) -> Kind:
     """The kind of a weight, of this shape beside the axes that stack it.
 
     **Raises:** `ValueError` if PEFT has no such update, with the reason.
     """
-    layer = place.layer[1] if place.layer else None
+    layer = leaf.layer[1] if leaf.layer else None
     if isinstance(layer, eqx.nn.Embedding):
         kind = "embedding"
     elif isinstance(layer, eqx.nn.Conv):
-        if layer.groups > 1:
-            raise ValueError(
-                f"it is a convolution of {layer.groups} groups. PEFT gives that a "
-                "dense A and a grouped B, which is no low-rank update of its kernel"
-            )
+        refuse_groups(layer.groups)
         if set(layer.dilation) != {1} or layer.padding_mode != "ZEROS":
             raise ValueError(
                 f"it is a convolution of dilation {layer.dilation} and padding mode "
@@ -45,7 +41,7 @@ def kind_of(place: Leaf, shape: tuple[int, ...], transposed: bool) -> Kind:
         raise ValueError("it is a transposed convolution, of which PEFT has no LoRA")
     else:
         kind = "experts" if len(shape) == 3 and layer is None else "linear"
-    wanted = sum(place.axes) if kind == "conv" else 3 if kind == "experts" else 2
+    wanted = sum(leaf.axes) if kind == "conv" else 3 if kind == "experts" else 2
     ndim = len(shape)
     if kind == "experts" and shape[0] == 1 and transposed:
         raise ValueError("PEFT does not transpose the update of a single expert")
@@ -56,6 +52,15 @@ def kind_of(place: Leaf, shape: tuple[int, ...], transposed: bool) -> Kind:
             "for the index, as in `names={'blocks': 'blocks.{}'}`"
         )
     return kind
+
+
+def refuse_groups(groups: int) -> None:
+    """**Raises:** `ValueError` for a convolution of more than one group."""
+    if groups > 1:
+        raise ValueError(
+            f"it is a convolution of {groups} groups. PEFT gives that a dense A and a "
+            "grouped B, which is no low-rank update of its kernel"
+        )
 
 
 def peft_shapes(

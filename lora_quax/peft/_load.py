@@ -18,11 +18,11 @@ from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import refuse_misfit, too_wide
 from .._model.paths import is_value, join, named
-from ._initial import INITIALISATIONS, rest_of
+from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
 from ._names import Names, split
 from ._places import Place, places_of, wrappers
-from ._read import PeftAdapter, read, Update
+from ._read import Factors, PeftAdapter, read
 
 
 def load(
@@ -67,7 +67,26 @@ def load(
     """
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be a floating-point type, got {dtype!r}.")
-    adapter = read(directory, adapter_name)
+    return put_around(
+        read(directory, adapter_name),
+        model,
+        names=names,
+        transposed=transposed,
+        dtype=dtype,
+        allow_materialise=allow_materialise,
+    )
+
+
+def put_around(
+    adapter: PeftAdapter,
+    model: PyTree,
+    *,
+    names: Names,
+    transposed: Sequence[str],
+    dtype: Any = None,
+    allow_materialise: bool = False,
+) -> PyTree:
+    """As `load`, of an adapter that has been read."""
     places = places_of(model, names, transposed)
     fit = _Fit(adapter, places, dtype, allow_materialise)
     changed = {place.position: fit.adapted(place) for place in places}
@@ -129,7 +148,7 @@ class _Fit:
             self.used.add(f"{kind} {name}")
         return held.get(name)
 
-    def _update(self, name: str, place: Place) -> Update | None:
+    def _update(self, name: str, place: Place) -> Factors | None:
         """The factors of a parameter, if there are any."""
         config = self.adapter.config
         module, parameter = split(name)
@@ -148,7 +167,9 @@ class _Fit:
             )
         return update
 
-    def _delta(self, place: Place, updates: dict[tuple, Update | None]) -> LowRankArray:
+    def _delta(
+        self, place: Place, updates: dict[tuple, Factors | None]
+    ) -> LowRankArray:
         """The update of an array, of each of its slices if it is stacked.
 
         **Raises:** `ValueError` if the factors do not fit it.
@@ -202,7 +223,7 @@ class _Fit:
                 if update is not None:
                     name = self._pattern_name(place.names[index])
                     setting = config.rank(name), config.scaling(name), place.transposed
-                    x = rest_of(config.init_lora_weights, x, kind, *setting)
+                    x = reduced(config.init_lora_weights, x, kind, *setting)
                 slices.append(x)
             value = np.stack(slices).reshape(aval_of(place.origin).shape)
         # PEFT saves embeddings that it adapts, changed or not.

@@ -39,7 +39,7 @@ class Namer:
         return name
 
     def _mapped(self, path: str) -> str | None:
-        """By the entry that says most of the beginning of a path."""
+        """The name that the entry gives which fixes most of the path, if one does."""
         assert isinstance(self.names, Mapping)
         segments = path.split(".") if path else []
         best: list[str] | None = None
@@ -48,7 +48,7 @@ class Namer:
             begins = len(wanted) <= len(segments) and all(
                 want in ("{}", segment) for want, segment in zip(wanted, segments)
             )
-            if begins and (best is None or _says(wanted) > _says(best)):
+            if begins and (best is None or _precision(wanted) > _precision(best)):
                 best = wanted
         if best is None:
             return None
@@ -68,7 +68,8 @@ class Namer:
             raise ValueError(f"{unused} of `names` matched no array of the model.")
 
 
-def _says(segments: list[str]) -> tuple[int, int]:
+def _precision(segments: list[str]) -> tuple[int, int]:
+    """How much an entry fixes: its segments, then those of them that are no `{}`."""
     return len(segments), sum(segment != "{}" for segment in segments)
 
 

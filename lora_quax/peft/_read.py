@@ -20,7 +20,7 @@ _UPDATE = re.compile(
 )
 
 
-class Update(NamedTuple):
+class Factors(NamedTuple):
     """The factors of one module, as they are in the file."""
 
     A: np.ndarray
@@ -33,7 +33,7 @@ class PeftAdapter(NamedTuple):
 
     path: Path
     config: Config
-    updates: dict[str, Update]  # module -> its factors
+    updates: dict[str, Factors]  # module -> its factors
     biases: dict[str, np.ndarray]  # module -> the bias of its B
     values: dict[str, np.ndarray]  # parameter -> what it is to be
 
@@ -85,7 +85,7 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
         elif len(pair) < 2:
             problems.append(f"`{module}` has no {'B' if 'A' in pair else 'A'}")
         else:
-            updates[module] = Update(pair["A"], pair["B"], is_embedding)
+            updates[module] = Factors(pair["A"], pair["B"], is_embedding)
     problems += [f"`{module}` has a bias alone" for module in biases.keys() - updates]
     # The weight and bias of an adapted layer itself.
     plain = {_without_base_layer(name, updates): x for name, x in values.items()}

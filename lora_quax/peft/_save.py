@@ -21,7 +21,7 @@ from ._layout import SUFFIXES
 from ._names import is_in, Names, split
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX
-from ._update import UNCHANGED, Update, updates_of
+from ._update import ParameterUpdate, UNCHANGED, updates_of
 from ._whole import has_own_base, modules_of, value_of, Whole, whole
 
 
@@ -139,7 +139,7 @@ def save(
         config.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
-def _updates(places: list[Place], initial: PyTree) -> dict[str, Update]:
+def _updates(places: list[Place], initial: PyTree) -> dict[str, ParameterUpdate]:
     """All updates, by the parameter that they are of."""
     first = {leaf.path: leaf.value for leaf in leaves_of(initial)}
     out = {}
@@ -158,7 +158,9 @@ def _is_update(place: Place) -> bool:
     return is_adapted(x) and not isinstance(x, FullArray)
 
 
-def _settings(updates: dict[str, Update], parameters, use_rslora: bool) -> dict:
+def _settings(
+    updates: dict[str, ParameterUpdate], parameters, use_rslora: bool
+) -> dict:
     """The ranks and alphas."""
     ranks, alphas = {}, {}
     for name, update in updates.items():
@@ -175,7 +177,7 @@ def _settings(updates: dict[str, Update], parameters, use_rslora: bool) -> dict:
     )
 
 
-def _alpha(update: Update, use_rslora: bool) -> int | float:
+def _alpha(update: ParameterUpdate, use_rslora: bool) -> int | float:
     root = math.sqrt(update.rank) if use_rslora else 1
     alpha = update.alpha / root
     # A whole number comes back as one.
@@ -221,7 +223,7 @@ def _ends(name: str) -> set[str]:
     return {".".join(segments[i:]) for i in range(1, len(segments))}
 
 
-def _factors(updates: dict[str, Update], wrapped: dict[str, str]):
+def _factors(updates: dict[str, ParameterUpdate], wrapped: dict[str, str]):
     """The tensors of the updates, by key."""
     out = {}
     for name, update in updates.items():

@@ -16,7 +16,7 @@ from ._places import Place
 from ._whole import has_own_base
 
 
-class Update(NamedTuple):
+class ParameterUpdate(NamedTuple):
     """The update of one parameter, as PEFT has it."""
 
     kind: Kind
@@ -29,7 +29,7 @@ class Update(NamedTuple):
 UNCHANGED = object()  # In place of an initial update that left the base as it was.
 
 
-def updates_of(place: Place, initial: Any) -> dict[str, Update]:
+def updates_of(place: Place, initial: Any) -> dict[str, ParameterUpdate]:
     """The updates of the parameters that an array stands for, by name.
 
     **Arguments:**
@@ -71,7 +71,7 @@ def updates_of(place: Place, initial: Any) -> dict[str, Update]:
         if is_empty and not has_own_base(place):
             continue
         A, B = to_peft(kind, a[index], b[index], place.transposed)
-        out[name] = Update(kind, A, B, rank, alpha)
+        out[name] = ParameterUpdate(kind, A, B, rank, alpha)
     return out
 
 

@@ -1,18 +1,95 @@
-"""The model that an adapter of PEFT's is for, as far as its files tell."""
+"""The model that an adapter is for, as far as its files tell: the layers that it names,
+around types in place of arrays."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 
+from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._disk.files import AdapterError, refuse
 from .._model.paths import join, named
 from .._model.targets import read_pattern
 from ..peft._names import Namer, split
-from .layer import Layer
-from .update import Content, Update
+from .content import Content, read_arrays, Update
+
+
+LayerType: TypeAlias = Literal["Linear", "Embedding", "Conv", "ConvTranspose"]
+
+
+class Layer(NamedTuple):
+    """What of a layer of Equinox decides how PEFT lays out its factors."""
+
+    type: LayerType
+    spatial: int = 0  # axes of a convolution
+    groups: int = 1
+
+    def make(self, weight: Any, bias: Any = None) -> eqx.Module:
+        """The layer around a weight, a bias or both."""
+        kind = getattr(eqx.nn, self.type)
+        n = self.groups
+        sizes = (self.spatial, n, n, 1) if "Conv" in self.type else (1, 1)
+        options = {"groups": n} if "Conv" in self.type else {}
+        layer = eqx.filter_eval_shape(kind, *sizes, **options, key=jr.key(0))
+        if self.type == "Embedding":
+            return eqx.tree_at(lambda l: l.weight, layer, weight)
+        return eqx.tree_at(lambda l: (l.weight, l.bias), layer, (weight, bias))
+
+
+# From a file of ours.
+
+
+def skeleton_of_ours(source: Path) -> Any:
+    """**Raises:** as `read_arrays`; `AdapterError` if PEFT has no name for one."""
+    layers, others = {}, {}
+    for path, (x, about) in read_arrays(source).items():
+        module, name = split(path)
+        if about is None:
+            others[path] = x
+        elif name == "weight":
+            layers[module] = x, _layer_of(x, about)
+        else:
+            raise AdapterError(
+                f"{source}: {named(path)} is within what stands for the weight of a "
+                "layer, and has no name in PEFT."
+            )
+    tree = {}
+    for module, (x, layer) in layers.items():
+        has_bias = layer.type != "Embedding"
+        bias = others.pop(join(module, "bias"), None) if has_bias else None
+        tree[module] = layer.make(x, bias)
+    for path, x in others.items():
+        module, name = split(path)
+        # A bias (out, 1, 1) is that of a convolution, and a vector in PyTorch.
+        if name == "bias" and x.ndim > 1 and set(x.shape[1:]) == {1}:
+            tree[module] = Layer("Conv", x.ndim - 1).make(None, x)
+        else:
+            tree[path] = x
+    # The path of the model itself is empty, which no key of a dictionary would be.
+    if "" in tree and len(tree) > 1:
+        raise AdapterError(
+            f"{source}: the model itself is a layer, and has others in it. PEFT cannot "
+            "adapt such a model."
+        )
+    return tree.get("", tree)
+
+
+def _layer_of(x: Any, about: dict[str, Any]) -> Layer:
+    if "groups" not in about:
+        return Layer(about["type"])
+    delta = x.delta if isinstance(x, LoraArray) else x
+    # The axes that stack layers are no axes of a convolution.
+    axes = 1 + delta.cols if isinstance(delta, LowRankArray) else x.ndim
+    return Layer(about["type"], axes - 2, about["groups"])
+
+
+# From the files of PEFT.
 
 
 class Skeleton:
