@@ -28,6 +28,8 @@ from jax import lax
 from jaxtyping import Array
 
 from lora_quax import (
+    AbstractDelta,
+    AdaptedArray,
     AdapterError,
     FullArray,
     load_adapter,
@@ -36,9 +38,12 @@ from lora_quax import (
     LowRankArray,
     partition,
     peft,
+    role,
     save_adapter,
+    ScaledArray,
     unload,
 )
+from lora_quax.__main__ import main
 from lora_quax._arrays.base import replace
 from lora_quax._model.paths import dotted
 
@@ -1016,3 +1021,62 @@ def test_old_adapters_on_adapters_without_end(n, tmp_path):
     rewritten(path, deepen)
     with pytest.raises(AdapterError, match="is missing|too many adapters|too deeply"):
         load_adapter(path, model)
+
+
+# Forms of one's own.
+
+
+class Unlike(AdaptedArray):
+    """A weight with two scales, around another adapted one."""
+
+    weight: LoraArray
+    x: Array = role("magnitude")
+    signs: Array = role("frozen")  # Integers, which do not train.
+    allow_materialise: bool = eqx.field(static=True, default=False)
+
+    def lower(self):
+        return ScaledArray(self.weight, self.x * self.signs)
+
+
+def _twofold(factor):
+    """A class that is defined more than once, as in a cell of a notebook."""
+
+    class Twofold(AbstractDelta):
+        x: Array = role("b")
+        times: int = eqx.field(static=True)
+
+        def lower(self):
+            return LowRankArray(self.x.T, factor * self.times * self.x)
+
+    return Twofold
+
+
+def test_forms_of_ones_own(tmp_path, capsys):
+    base = {"w": jr.normal(jr.key(0), (4, 3)), "v": jr.normal(jr.key(1), (3, 3))}
+    lora = LoraArray(base["w"], rank=2, key=jr.key(2), init_b=normal)
+    _twofold(1)
+    delta = _twofold(2)(jr.normal(jr.key(3), (3, 1)), 3)
+    model = {
+        "w": Unlike(lora, jnp.full((4, 1), 0.5), jnp.array([[1], [-1], [1], [1]])),
+        "v": LoraArray.from_parts(base["v"], delta),
+    }
+    save_adapter(tmp_path / "x", model, base=base)
+    loaded = load_adapter(tmp_path / "x", base)
+    assert jax.tree.structure(loaded) == jax.tree.structure(model)
+    assert bits(loaded) == bits(model) and bits(unload(loaded)) == bits(base)
+    assert main(["inspect", str(tmp_path / "x")]) == 0
+    shown = capsys.readouterr().out
+    assert "w.x" in shown and "w.signs" in shown and "w.weight.delta.a" in shown
+
+
+def test_an_adapter_of_nothing(tmp_path):
+    _, model, _ = models_of("mlp")
+    save_adapter(tmp_path / "x", model)
+
+    def empty(tensors, about):
+        tensors.clear()
+        about["weights"].clear()
+
+    rewritten(tmp_path / "x", empty)
+    with pytest.raises(AdapterError, match="is an adapter of no weight"):
+        load_adapter(tmp_path / "x", unload(model))

@@ -38,7 +38,7 @@ def check_number(name: str, x) -> float:
         not scalar
         or isinstance(x, bool | Tracer)
         or np.ndim(x) != 0
-        or not (isinstance(x, int) or np.issubdtype(np.result_type(x), np.number))
+        or not (isinstance(x, int) or jnp.issubdtype(np.asarray(x).dtype, np.number))
         or np.iscomplexobj(x)
     ):
         raise TypeError(f"`{name}` must be a number that is not traced, got {x!r}.")

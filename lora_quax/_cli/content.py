@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from .._arrays.base import AbstractDelta, is_adapted
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
+from .._arrays.low_rank import LowRankArray
 from .._disk.adapter import differences, read_adapter, written
 from .._disk.description import base_type, build, NONSENSE, said
 from .._disk.files import AdapterError, refuse
@@ -176,7 +178,7 @@ def _gather(out: Content, weight: str, name: str, x, kind: str) -> None:
 
 
 def _update_of_ours(weight: str, delta: AbstractDelta, kind: str) -> Update:
-    x = delta.lower()
+    x = _factors(delta)
     a, b = np.asarray(x.a), np.asarray(x.b)
     batch = a.shape[: a.ndim - x.cols - 1]
     shape = *b.shape[:-1], *a.shape[a.ndim - x.cols :]
@@ -185,6 +187,14 @@ def _update_of_ours(weight: str, delta: AbstractDelta, kind: str) -> Update:
     # Equinox keeps its layers as (out, in); the base may be another library's.
     turns = kind in ("linear", "array") and a.ndim == 2
     return Update((weight,), kind, a, b, x.alpha, shape, may_turn=turns)
+
+
+def _factors(delta: AbstractDelta) -> LowRankArray:
+    if isinstance(delta, LowRankArray):
+        return delta
+    # What a form of one's own computes its factors with is JAX.
+    with jax.enable_x64(True):
+        return jax.tree.map(jnp.asarray, delta).lower()
 
 
 def read_arrays(path: Path) -> dict[str, tuple[Any, dict[str, Any] | None]]:

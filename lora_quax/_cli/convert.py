@@ -33,8 +33,13 @@ def convert(
             _to_ours(source, goal, names, transposed)
         else:
             model = skeleton_of_ours(source)
-            options = dict(transposed=transposed, fan_in_fan_out=fan_in_fan_out)
-            save(goal, model, names=read_names(names), **options)
+            save(
+                goal,
+                model,
+                names=read_names(names),
+                transposed=transposed,
+                fan_in_fan_out=fan_in_fan_out,
+            )
     return 0
 
 
