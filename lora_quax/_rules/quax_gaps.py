@@ -26,6 +26,7 @@ from quax._values import _dense
 from .._arrays.base import densify_or_refuse, is_adapted, lower_all, replace
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray
+from .._arrays.scaled import ScaledArray
 from .._compat import as_function, core, detach_consts
 from .placement import leaf_specs
 
@@ -281,11 +282,24 @@ def _sliced(x):
         return replace(x, base=_sliced(x.base), delta=_sliced(x.delta))
     if isinstance(x, LowRankArray):
         return replace(x, a=x.n_batch > 0, b=True)
+    if isinstance(x, ScaledArray):  # A scale that does not vary is the same for all.
+        return replace(x, base=_sliced(x.base), scale=x.scale.shape[0] == x.shape[0])
     return jtu.tree_map(lambda _: True, x)
+
+
+def _stacked(x) -> bool:
+    """Whether the first axis of what is scanned over is one of batch."""
+    if isinstance(x, LoraArray | ScaledArray):
+        return _stacked(x.delta if isinstance(x, LoraArray) else x.base)
+    return not is_adapted(x) or x.n_batch > 0
 
 
 def _row(x, stacked: bool):
     """One slice of an array, whose leaves are sliced where `_sliced` says so."""
+    if isinstance(x, ScaledArray):
+        base = _row(x.base, stacked)
+        shared = x.scale.ndim > base.ndim
+        return replace(x, base=base, scale=x.scale.squeeze(0) if shared else x.scale)
     if stacked or not is_adapted(x):
         return x
     if isinstance(x, LoraArray):
@@ -310,8 +324,7 @@ def _run_scan(consts, shared, carry, sliced, jaxpr, stacked, keep):
 def _(*args: Operand, jaxpr, **params):
     consts, carry, xs = unpack_scan_args(args, params)
     xs = [lower_all(x) for x in xs]
-    delta = lambda x: x.delta if isinstance(x, LoraArray) else x
-    stacked = tuple(not is_adapted(x) or delta(x).n_batch > 0 for x in xs)
+    stacked = tuple(map(_stacked, xs))
     sliced, shared = eqx.partition(xs, [_sliced(x) for x in xs])
     slices = jtu.tree_map(lambda x: core.mapped_aval(len(x), 0, _type(x)), sliced)
 
