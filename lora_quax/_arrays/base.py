@@ -308,7 +308,7 @@ def densify_or_refuse(operation: str, x, values, why: str):
 # Instances.
 
 
-def make(cls, **values):
+def make(cls, /, **values):
     """An instance of a type of array from values that are known to fit.
 
     Rules make many, inside traces; the checks of the constructors, and Equinox's, are
@@ -320,7 +320,7 @@ def make(cls, **values):
     return self
 
 
-def replace(x, **changes):
+def replace(x, /, **changes):
     """A copy of an array with some fields changed; the new values must fit."""
     assert changes.keys() <= vars(x).keys(), (
         f"no fields: {changes.keys() - vars(x).keys()}"

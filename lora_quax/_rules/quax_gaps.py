@@ -165,6 +165,10 @@ def _common(slot: Sequence):
     """
     if all(_alike(slot[0], x) for x in slot):
         return True
+    slot = [_trace_on(lower_all, (x,))[1] for x in slot]
+    if is_adapted(slot[0]) and all(_alike(slot[0], x) for x in slot):
+        leaves, treedef = jtu.tree_flatten(slot[0])
+        return treedef, tuple(leaves)
     common = next((x for x in slot if isinstance(x, LoraArray)), None)
     if common is None or isinstance(common.base, quax.Value):
         return False
@@ -184,9 +188,11 @@ def _become(x, common):
     """What one branch returns, as what they can all return."""
     if isinstance(common, bool):
         return x if common else _own_plain(x, lax.cond_p, _BRANCHES)
+    x, like = lower_all(x), jtu.tree_unflatten(*common)
+    if _alike(x, like):
+        return x
     if isinstance(x, LoraArray):
         return _stop(x)
-    like = jtu.tree_unflatten(*common)
     zero = jtu.tree_map(lambda t: jnp.zeros(t.shape, t.dtype), like.delta)
     return replace(like, base=x, delta=zero)
 
@@ -226,7 +232,9 @@ def _settle(step: Callable, carry: Sequence, primitive) -> tuple[list, tuple]:
         new = []
         for c, o in zip(carry, out):
             if isinstance(c, quax.Value) and not _alike(c, o):
-                if isinstance(c, LoraArray) and _alike(_stop(c), o):
+                if is_adapted(c) and not _alike(c, lower_all(c)):
+                    c = lower_all(c)
+                elif isinstance(c, LoraArray) and _alike(_stop(c), o):
                     c = _stop(c)
                 else:
                     c = _own_plain(c, primitive, _CARRY)
@@ -425,9 +433,9 @@ def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     values, specs = [], []
     for tracer, spec in zip(tracers, in_specs):
         value = _array(self.to_value(tracer))
-        value = lower_all(value)
-        if not is_adapted(value):
-            with core.set_current_trace(self.parent_trace):
+        with core.set_current_trace(self.parent_trace):
+            value = lower_all(value)
+            if not is_adapted(value):
                 value = _plain(value, primitive, "")
         values.append(value)
         specs.append(leaf_specs(value, spec))
