@@ -49,11 +49,11 @@ class LoHa(AbstractDelta):
     y: LowRankArray
 
     def lower(self):
-        x, y, n = self.x, self.y, self.x.n_batch
+        x, y, n, r = self.x, self.y, self.x.n_batch, self.x.rank * self.y.rank
         b = x.b[..., :, None] * y.b[..., None, :]
         a = jnp.expand_dims(x.a, n + 1) * jnp.expand_dims(y.a, n)
-        a = a.reshape(*a.shape[:n], -1, *a.shape[n + 2 :])
-        return like(self, x, a, b.reshape(*b.shape[:-2], -1), y.scaling)
+        a = a.reshape(*a.shape[:n], r, *a.shape[n + 2 :])
+        return like(self, x, a, b.reshape(*b.shape[:-2], r), y.scaling)
 
 
 class LoKr(AbstractDelta):
@@ -236,7 +236,7 @@ def _dense_lokr(x: LoKr, dense):
 
 
 def _dense_chosen(x: Chosen, dense):
-    """The sum over all updates, of which one is taken once and the others not at all."""
+    """The sum over all updates, of which one is taken once, and the others never."""
     w, n = dense(x.updates), x.index.ndim
     one_hot = jax.nn.one_hot(x.index, w.shape[n], dtype=w.dtype)
     flat = w.reshape(*w.shape[: n + 1], -1)

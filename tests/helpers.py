@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import jax.tree_util as jtu
 import numpy as np
+import pytest
 import quax
 from forms import FORMS, ORACLES
 from jax import lax
 from jaxtyping import Array
 
-from lora_quax import LoraArray, loraify, LowRankArray
+from lora_quax import LoraArray, loraify, LowRankArray, ScaledArray
+from lora_quax._arrays.base import fields_of, is_adapted, replace
 
 
 # Arrays. Every kind has nonzero factors, a scaling other than 1 and a random base.
@@ -93,6 +95,18 @@ KINDS = {
 }
 
 
+def some_of(kinds, programs, quick=1):
+    """All pairs of a kind and a program, for `parametrize`; of the programs each is
+    quick with `quick` of the kinds, which take turns, and slow with the others."""
+    names = list(kinds)
+    pairs = []
+    for i, program in enumerate(programs):
+        for k, kind in enumerate(names):
+            marks = [] if (k - i) % len(names) < quick else [pytest.mark.slow]
+            pairs.append(pytest.param(kind, program, marks=marks))
+    return pairs
+
+
 # The oracle.
 
 
@@ -116,6 +130,10 @@ def dense(w):
         b = w.b.reshape(*batch, -1, w.rank)
         out = jnp.einsum("...or,...ri->...oi", b, a) * (w.alpha / w.rank)
         return out.reshape(*batch, *rows, *cols)
+    if isinstance(w, ScaledArray):
+        base = dense(w.base)
+        base = lax.stop_gradient(base) if w.stop_gradient else base
+        return (base * w.scale).astype(base.dtype)
     if type(w) in ORACLES:
         return ORACLES[type(w)](w, dense)
     return w.materialise() if is_value(w) else w
@@ -313,26 +331,36 @@ def _marks_out(run, eqn, sub, inputs) -> list:
         marks = [*marks[:start], *carry, *marks[start + n :]]
 
 
+# What of an update goes with the rows. All else of it goes with the columns.
+_OF_ROWS = ("b", "out")
+
+
+def _marks(x):
+    """An array with, in place of each leaf, a set of what it is: of the base, of the
+    scale, or of one factor."""
+    out = {}
+    for field in fields_of(type(x), static=False):
+        value, name = getattr(x, field.name), field.metadata.get("role")
+        if is_adapted(value):
+            out[field.name] = _marks(value)
+            continue
+        if name not in ("base", "scale"):
+            name = "b" if name in _OF_ROWS else "a"
+        mark = lambda y, name=name: frozenset({name} if eqx.is_inexact_array(y) else {})
+        out[field.name] = jtu.tree_map(mark, value)
+    return replace(x, **out)
+
+
 def formed(program: Callable, args) -> list[str]:
-    """Equations that form the dense update of the first of `args`, a factored array.
+    """Equations that form the dense update of the first of `args`, a factored array, or
+    the scaled weight of a scaled one.
 
     That is: whose result has the size of the weight or more, and depends on both of its
-    factors but on no other argument. (What depends on an activation too is an output.)
+    factors, or on base and scale, but on no other argument. (What depends on an
+    activation too is an output.)
     """
     weight = args[0]
-    marks = jtu.tree_map(lambda _: frozenset("x"), list(args))
-    delta = lambda t: getattr(t[0], "delta", t[0])
-    marks = eqx.tree_at(
-        lambda t: (delta(t).a, delta(t).b),
-        marks,
-        (frozenset("a"), frozenset("b")),
-        is_leaf=lambda x: isinstance(x, frozenset),
-    )
-    if isinstance(weight, LoraArray):
-        base = jtu.tree_map(lambda _: frozenset(), weight.base)
-        marks = eqx.tree_at(
-            lambda t: t[0].base, marks, base, is_leaf=lambda x: isinstance(x, frozenset)
-        )
+    marks = [_marks(weight), *jtu.tree_map(lambda _: frozenset("x"), list(args[1:]))]
     marks = jtu.tree_leaves(marks, is_leaf=lambda x: isinstance(x, frozenset))
     found: list[str] = []
 
@@ -354,7 +382,8 @@ def formed(program: Callable, args) -> list[str]:
                 # Whether a factor is finite says nothing of its numbers.
                 mark = frozenset() if v.aval.dtype == bool else mark
                 env[v] = mark
-                if mark == {"a", "b"} and v.aval.size >= weight.size:
+                product = {"a", "b"} <= mark or {"base", "scale"} <= mark
+                if product and "x" not in mark and v.aval.size >= weight.size:
                     found.append(str(eqn.primitive))
         return [read(v) for v in jaxpr.outvars]
 

@@ -17,6 +17,7 @@ from helpers import (
     KINDS,
     lora,
     Scaled,
+    some_of,
     TRANSFORMS,
     x,
 )
@@ -327,7 +328,7 @@ PROGRAMS = {
     ),
     "device_put": (lambda w, x: jax.device_put(w, jax.devices()[0]) @ x, MATRIX, (3,)),
 }
-_SINGLE = {"cast": dict(rtol=2e-5, atol=2e-5)}
+SINGLE = {"cast": dict(rtol=2e-5, atol=2e-5)}
 
 
 def _case(program, kind="lora"):
@@ -338,14 +339,13 @@ def _case(program, kind="lora"):
 
 # A value that has a rule for `dot_general` alone meets the other primitives densely,
 # which is that value's affair.
-_KINDS = [k if k == "lora" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+_PAIRS = [*some_of(["lora"], PROGRAMS), *some_of([*KINDS][1:], PROGRAMS)]
 
 
-@pytest.mark.parametrize("kind", _KINDS)
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_kinds(program, kind):
+@pytest.mark.parametrize("kind, program", _PAIRS)
+def test_kinds(kind, program):
     fn, args = _case(program, kind)
-    check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **_SINGLE.get(program, {}))
+    check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **SINGLE.get(program, {}))
 
 
 # Where a transform, inside `quaxify`, does to the weight what has no low rank, or one
@@ -380,7 +380,7 @@ def test_transforms(program, transform):
     fn, weight, other = PROGRAMS[program]
     transform = TRANSFORMS[transform]
     args = transform.arguments([lora(**weight, allow_materialise=dense), x(*other)])
-    check(transform.ours(fn), transform.plain(fn), args, **_SINGLE.get(program, {}))
+    check(transform.ours(fn), transform.plain(fn), args, **SINGLE.get(program, {}))
     if dense:
         args = transform.arguments([lora(**weight), x(*other)])
         with pytest.raises(MaterialiseError, match="needs the dense weight"):
@@ -391,7 +391,7 @@ def test_transforms(program, transform):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_forward_over_reverse(program):
     fn, args = _case(program)
-    check_derivative(DERIVATIVES["hvp"], fn, args, **_SINGLE.get(program, {}))
+    check_derivative(DERIVATIVES["hvp"], fn, args, **SINGLE.get(program, {}))
 
 
 # A lookup is an activation, and dense; this one looks up all of the weight, twice.

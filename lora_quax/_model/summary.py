@@ -23,7 +23,7 @@ class Row(NamedTuple):
 
     path: str
     shape: tuple[int, ...]
-    rank: int | None  # None for an array trained in full
+    rank: int | None  # None for an array that has no update of some rank
     scaling: float | None
     trainable: int
     frozen: int
@@ -103,7 +103,8 @@ def _console(file: io.StringIO, **options) -> Console:
 
 def _rank(row: Row) -> str:
     if row.rank is None:
-        return "full"
+        # Of an array that trains in full nothing else is used; a scaled one has a base.
+        return "" if row.frozen else "full"
     return f"{row.rank} > {row.max_rank} *" if row.rank_in_excess else str(row.rank)
 
 

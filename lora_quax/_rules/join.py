@@ -87,6 +87,15 @@ def low_rank_sum(deltas: Sequence[LowRankArray], operation: str) -> LowRankArray
     return replace(first, a=a, b=b, rank=rank, alpha=first.scaling * rank)
 
 
+def _lowered_once(deltas: Sequence) -> list[LowRankArray | None]:
+    """The factors of each update; an update that is there twice shares them."""
+    lowered: dict[int, LowRankArray | None] = {id(None): None}
+    for d in deltas:
+        if id(d) not in lowered:
+            lowered[id(d)] = d.lower()
+    return [lowered[id(d)] for d in deltas]
+
+
 def _join(primitive, operands, params, on_deltas, before=()):
     """The operation on the bases, plus `on_deltas(deltas)`, unsummed.
 
@@ -97,7 +106,9 @@ def _join(primitive, operands, params, on_deltas, before=()):
     operands = [into_parts(x) if isinstance(x, ScaledArray) else x for x in operands]
     summed = [with_zero_base(x) if isinstance(x, LowRankArray) else x for x in operands]
     ours = [x for x in summed if isinstance(x, LoraArray)]
-    deltas = [x.delta.lower() if isinstance(x, LoraArray) else None for x in summed]
+    deltas = _lowered_once(
+        [x.delta if isinstance(x, LoraArray) else None for x in summed]
+    )
     bases = [x.frozen_base() if isinstance(x, LoraArray) else x for x in summed]
     bases = [dense(x) if isinstance(x, ScaledArray) else x for x in bases]
     bind = quax.quaxify(primitive.bind)

@@ -12,8 +12,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.extend.core.primitives import all_gather_p
 
-from .._arrays.base import dense, lower, materialise_or_refuse, replace
+from .._arrays.base import (
+    dense,
+    densify_or_refuse,
+    lower,
+    materialise_or_refuse,
+    replace,
+)
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray, times
@@ -59,12 +66,18 @@ def moves(primitive):
             new = scale(w.scale, w, *rest, **params)
             out = quax.quaxify(primitive.bind)(w.base, *rest, **params)
             if not isinstance(new, list):
-                return replace(w, base=out, scale=new)
-            return [replace(w, base=x, scale=s) for x, s in zip(out, new)]
+                return _settle(replace(w, base=out, scale=new))
+            parts = zip(out, new)
+            return [_settle(replace(w, base=x, scale=s)) for x, s in parts]
 
         return scale
 
     return decorate
+
+
+def _settle(w: ScaledArray):
+    """A vector is an activation, and multiplied out: nothing is saved."""
+    return w if w.ndim > 1 else quax.quaxify(times)(w.frozen_base(), w.scale)
 
 
 def _along(s, values: Sequence, otherwise: Sequence) -> list:
@@ -138,6 +151,16 @@ def _split(s, w, *, sizes, axis):
 def _unstack(s, w, *, axis):
     parts = _split(s, w, sizes=(1,) * w.shape[axis], axis=axis)
     return [part.squeeze(axis) for part in parts]
+
+
+@moves(all_gather_p)
+def _all_gather(s, w, *, all_gather_dimension, tiled, **params):
+    if not tiled:
+        raise NotLazy("an untiled `all_gather` adds an axis")
+    if s.shape[all_gather_dimension] == 1:
+        return s
+    at = dict(all_gather_dimension=all_gather_dimension, tiled=True)
+    return all_gather_p.bind(s, **at, **params)
 
 
 def _running(primitive):
@@ -257,29 +280,39 @@ def _(w: ScaledArray, x, **params):
 def scaled_product(x, w: ScaledArray, axes, *, out_sharding, **params):
     """`x · w`, its axes labelled as in `contract`, with the labels of the result.
 
-    **Raises:** `NotLazy` if the scale varies along axes that are contracted and along
-    others at once.
+    Along contracted axes the scale is put on `x`, along others on the result. If it
+    varies along both at once, as that of experts that are summed, the sum over these
+    contracted axes is taken last.
     """
     x_labels, w_labels, keep = axes
     s, labels = _compact(w), [w_labels[i] for i in varying(w)]
     contracted = [i for i in x_labels if i in w_labels and i not in keep]
-    before = not {*labels}.isdisjoint(contracted)
+    late = [i for i in labels if i in contracted]
+    if late and len(labels) == w.ndim:
+        why = "the scale varies along every axis"
+        base, s, late = densify_or_refuse("dot_general", w, [x, w], why), None, []
+    else:
+        base = w.frozen_base()
+    before = late != [] and {*labels} <= {*x_labels}
     if before:
-        if not {*labels} <= {*x_labels}:
-            raise NotLazy("the scale varies along contracted axes and along others")
+        late = []
         x = quax.quaxify(times)(x, _spread(s, labels, x_labels))
     out, out_labels = contract(
         x,
         x_labels,
-        w.frozen_base(),
+        base,
         w_labels,
-        keep=keep,
+        keep=[*keep, *late],
         out_sharding=out_sharding,
         dot=lax.dot_general,
         **params,
     )
-    if not before:
+    if not before and s is not None:
         out = quax.quaxify(times)(out, _spread(s, labels, out_labels))
+    if late:
+        summed = [out_labels.index(i) for i in late]
+        out = quax.quaxify(lambda y: y.sum(summed))(out)
+        out_labels = [i for i in out_labels if i not in late]
     return out, out_labels
 
 
