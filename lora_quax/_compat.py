@@ -34,9 +34,9 @@ from jax.sharding import PartitionSpec
 if jax.__version_info__ >= (0, 11):
     from jax._src.flattree import flatten as flat_tree
 else:
-    from jax._src.tree_util import FlatTree
+    from jax._src import tree_util as _tree_util
 
-    flat_tree = FlatTree.flatten
+    flat_tree = getattr(_tree_util, "FlatTree").flatten
 
 
 # Primitives that hold an object which says what they do came with JAX 0.12, and so did

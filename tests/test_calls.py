@@ -1,5 +1,7 @@
 """Calls, branches and loops: what they ask of an array, and of its leaves."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -37,12 +39,12 @@ class Quantised(quax.ArrayValue):
 
 @quax.register(lax.dot_general_p)
 def _(u: Array, w: Quantised, **params):
-    return lax.dot_general_p.bind(u, w.array, **params) * w.scale
+    return lax.dot_general_p.bind(u, w.array, **params) * w.scale.sum()
 
 
 @quax.register(lax.dot_general_p)
 def _(w: Quantised, u: Array, **params):
-    return lax.dot_general_p.bind(w.array, u, **params) * w.scale
+    return lax.dot_general_p.bind(w.array, u, **params) * w.scale.sum()
 
 
 class Codebook(Quantised):
@@ -54,7 +56,7 @@ def on(base, **kwargs) -> LoraArray:
     return LoraArray(base, key=jr.key(1), **kwargs)
 
 
-def quantised(*shape, kind=Quantised, scale=0.7):
+def quantised(*shape, kind=Quantised, scale: Any = 0.7):
     return kind(jr.normal(jr.key(0), shape), jnp.asarray(scale))
 
 
@@ -71,7 +73,7 @@ SCANNED = {
     "rows in batch": lambda: on(on(_stack(), rows=2)),
     "a base with a scalar leaf": lambda: on(quantised(4, 3, 5)),
     "a base with a leaf that does not vary": lambda: on(
-        quantised(4, 3, 5, scale=jnp.linspace(0.5, 1.0, 3).reshape(1, 3, 1)[:, :1])
+        quantised(4, 3, 5, scale=jnp.full((1, 1, 1), 0.7))
     ),
 }
 
@@ -264,7 +266,7 @@ def test_shard_map_of_a_base_of_several_leaves(spec):
 def test_a_leaf_that_cannot_be_partitioned_is_named():
     w = on(quantised(4, 6, kind=Codebook, scale=jnp.ones(16)))
     f = _map(lambda w: (w.T @ jnp.ones(2)).sum()[None], P("i", None), P("i"))
-    with pytest.raises(TypeError, match=r"a Codebook.*\(16,\)|Codebook"):
+    with pytest.raises(TypeError, match=r"A Codebook.*leaf of shape \(16,\)"):
         quax.quaxify(f)(w)
 
 

@@ -20,10 +20,12 @@ def _program(part: str) -> str:
 _PROGRAMS = {part.splitlines()[0]: _program(part) for part in _PARTS[1:]}
 _RUN = """
 import json, sys, traceback
+import quax
 setup, programs = json.load(sys.stdin)
 errors = {}
 for name, program in programs.items():
     namespace = {}
+    quax._dispatch._dispatch_cache.clear()  # As in a process of its own.
     try:
         exec(setup, namespace)
         exec(program, namespace)

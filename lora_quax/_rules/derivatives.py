@@ -39,7 +39,8 @@ def tangent_of(x, dx) -> Any:
     total = ft.reduce(_plus, terms)
     if total.dtype == aval.dtype:
         return total
-    return quax.quaxify(lax.convert_element_type)(total, aval.dtype)
+    cast: Any = quax.quaxify(lax.convert_element_type)
+    return cast(total, aval.dtype)
 
 
 def _tangents(x, dx) -> list:

@@ -160,7 +160,7 @@ def _returned(function, operands, results) -> list[int | None]:
     given = lambda xs: [o if x is None else x for o, x in zip(operands, xs)]
     jaxpr = jax.make_jaxpr(lambda xs: _leaves_of(function(given(xs))))(known)
     numbers, sources = it.count(), iter(returned_operands(jaxpr))
-    of_operands = [[next(numbers) for _ in jtu.tree_leaves(x)] for x in known]
+    of_operands: list = [[next(numbers) for _ in jtu.tree_leaves(x)] for x in known]
     of_results = [[next(sources) for _ in _leaves_of([x])] for x in results]
     return [of_operands.index(s) if s in of_operands else None for s in of_results]
 
@@ -307,6 +307,6 @@ if hasattr(core.Trace, "requires_low"):
 
 _quax_custom_vjp = _QuaxTrace.process_custom_vjp_call
 _quax_shard_map = getattr(_QuaxTrace, "process_shard_map", None)
-_QuaxTrace.process_custom_jvp_call = _process_custom_jvp_call
-_QuaxTrace.process_custom_vjp_call = _process_custom_vjp_call
+setattr(_QuaxTrace, "process_custom_jvp_call", _process_custom_jvp_call)
+setattr(_QuaxTrace, "process_custom_vjp_call", _process_custom_vjp_call)
 setattr(_QuaxTrace, "process_shard_map", _process_shard_map)
