@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from jax.stages import Compiled
 
@@ -11,6 +12,13 @@ from jax.stages import Compiled
 _SHAPE = r"\w+\[([\d,]*)\](?:\{([\d,]*)[^}]*\})?"
 _DEFINITION = re.compile(rf"^\s*(?:ROOT )?%?([\w.\-]+) = {_SHAPE} (\S+?)\((.*)$")
 _OPERANDS = re.compile(r"%([\w.\-]+)|(?<![\w.\-])([a-zA-Z_][\w.\-]*)(?=[,)])")
+
+
+class _Array(NamedTuple):
+    """The type of an array, as the text gives it."""
+
+    shape: list[int]
+    layout: list[int]
 
 
 @dataclass(frozen=True)
@@ -77,19 +85,19 @@ class Product:
 
 def products(program: Compiled) -> Iterator[Product]:
     """All products, those of the body of a loop once."""
-    shapes = {}
+    arrays: dict[str, _Array] = {}
     for line in (program.as_text() or "").splitlines():
         if not (definition := _DEFINITION.match(line)):
             continue
         name, shape, layout, opcode, rest = definition.groups()
-        shapes[name] = _ints(shape), _ints(layout or "")
+        arrays[name] = _Array(_ints(shape), _ints(layout or ""))
         if opcode == "dot":
             first, second = (a or b for a, b in _OPERANDS.findall(rest)[:2])
-            left = _operand(*shapes[first], "lhs", rest)
-            right = _operand(*shapes[second], "rhs", rest)
+            left = _operand(arrays[first], "lhs", rest)
+            right = _operand(arrays[second], "rhs", rest)
             n_batch, n_left = len(left.batch), len(left.free)
             # The axes of the result: batch, free of the left, free of the right.
-            free = [i for i in _outermost_first(*shapes[name]) if i >= n_batch]
+            free = [i for i in _outermost_first(arrays[name]) if i >= n_batch]
             turned = n_left and free[0] >= n_batch + n_left
             yield Product(right, left) if turned else Product(left, right)
 
@@ -102,19 +110,20 @@ def product_flops(program: Compiled) -> float:
     return float(sum(product.flops for product in products(program)))
 
 
-def _operand(shape: list[int], layout: list[int], side: str, text: str) -> Operand:
-    order = _outermost_first(shape, layout)
+def _operand(array: _Array, side: str, text: str) -> Operand:
+    order = _outermost_first(array)
 
     def axes(kind: str) -> tuple[int, ...]:
         found = re.search(rf"{side}_{kind}_dims={{([\d,]*)}}", text)
         return tuple(order.index(i) for i in _ints(found[1] if found else ""))
 
-    return Operand(tuple(shape[i] for i in order), axes("contracting"), axes("batch"))
+    shape = tuple(array.shape[i] for i in order)
+    return Operand(shape, axes("contracting"), axes("batch"))
 
 
-def _outermost_first(shape: list[int], layout: list[int]) -> list[int]:
+def _outermost_first(array: _Array) -> list[int]:
     # A layout names the axes innermost first, and is left out where there is no choice.
-    return layout[::-1] or list(range(len(shape)))
+    return array.layout[::-1] or list(range(len(array.shape)))
 
 
 def _ints(text: str) -> list[int]:

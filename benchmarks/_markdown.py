@@ -98,7 +98,6 @@ def _rows(result: dict[str, Any], point: str) -> Iterator[str]:
         for figure, form in FIGURES.values()
     ]
     for name, ratio in _results.over(result, point).items():
-        assert ratio is not None
         cells = [point, name, f"{ratio.middle:.2f}", str(ratio)]
         for column, form in columns:
             figure = column[name]

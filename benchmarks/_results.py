@@ -9,7 +9,7 @@ and the greatest beside it.
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,31 +59,35 @@ def claims(result: dict[str, Any]) -> list[tuple[str, float | None, Spread | Non
     return out
 
 
-def over(result: dict[str, Any], point: str, first: str | None = None):
+def over(
+    result: dict[str, Any], point: str, first: str | None = None
+) -> dict[str, Spread]:
     """The time of each row of a point over that of `first`, or of the first of them.
 
     A row that only some of the runs have is left out.
     """
-    return _each_row(result, point, lambda row, rows: _ratio(row, rows, first))
+
+    def ratio(row, rows) -> float:
+        other = rows[next(iter(rows)) if first is None else first]
+        return statistics.median(x / y for x, y in zip(row["times"], other["times"]))
+
+    return {name: spread(found) for name, found in _each_row(result, point, ratio)}
 
 
-def figures(result: dict[str, Any], point: str, figure):
+def figures(
+    result: dict[str, Any], point: str, figure: Callable
+) -> dict[str, Spread | None]:
     """A spread of `figure(row)` for each row of a point, or `None` without one."""
-    return _each_row(result, point, lambda row, rows: figure(row))
+    rows = _each_row(result, point, lambda row, rows: figure(row))
+    return {name: None if None in found else spread(found) for name, found in rows}
 
 
-def _each_row(result, point, figure) -> dict[str, Spread | None]:
+def _each_row(
+    result: dict[str, Any], point: str, figure: Callable
+) -> Iterator[tuple[str, list]]:
     runs = [
         {row["name"]: row for row in run["points"][point]} for run in result["runs"]
     ]
-    out = {}
     for name in runs[0]:
         if all(name in rows for rows in runs):
-            found = [figure(rows[name], rows) for rows in runs]
-            out[name] = None if None in found else spread(found)
-    return out
-
-
-def _ratio(row, rows, first: str | None) -> float:
-    other = rows[next(iter(rows)) if first is None else first]
-    return statistics.median(x / y for x, y in zip(row["times"], other["times"]))
+            yield name, [figure(rows[name], rows) for rows in runs]

@@ -3,6 +3,7 @@
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +96,7 @@ def test_runs_are_saved_and_read(tmp_path):
     assert _results.read(path) == saved
 
 
-def of_runs(times: list[dict[str, list[float]]]):
+def of_runs(times: list[dict[str, list[float]]]) -> dict[str, Any]:
     """A result with a point of these rows and a claim, which one run does not meet."""
     runs = [
         dict(
