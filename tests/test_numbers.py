@@ -85,7 +85,8 @@ def test_a_spoilt_adapter_stays_out_of_its_neighbours(join, spoil):
 def test_a_spoilt_adapter_stays_out_where_a_batch_becomes_rows(spoil):
     v = x(20, 30)
     fn = lambda w: (jnp.stack([w, v]).reshape(40, 30) @ jnp.ones(30))[20:]
-    out = quax.quaxify(fn)(_spoilt(*spoil, (20, 30), rank=1))
+    which, at = spoil
+    out = quax.quaxify(fn)(_spoilt(which, at, (20, 30), rank=1))
     assert_close(out, v @ jnp.ones(30))
 
 

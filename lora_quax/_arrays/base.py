@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any, ClassVar, TYPE_CHECKING
+from typing import Any, ClassVar, dataclass_transform, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -148,6 +148,8 @@ class MaterialiseError(RuntimeError):
 late_rules: dict[str, Callable] = {}
 
 
+# For type checkers: a `role` is a field, and no default.
+@dataclass_transform(field_specifiers=(role, eqx.field))
 class AdaptedArray(quax.ArrayValue):
     """An array that stands for a weight, or for the update of one, that is adapted.
 

@@ -47,7 +47,7 @@ class LoraArray(AdaptedArray):
     form = "lora"
 
     base: Any = role(BASE)  # an array or a `quax.ArrayValue`
-    delta: AbstractDelta
+    delta: Any  # an `AbstractDelta`, most often a `LowRankArray`
     stop_gradient: bool = eqx.field(static=True)
     # Whether what `base` holds is behind `stop_gradient` already, as a result that
     # depends on more than the base has to be. Whether the base trains does not change.
@@ -166,12 +166,12 @@ class LoraArray(AdaptedArray):
     @property
     def a(self) -> Any:
         """The factor `(*batch, rank, *cols)`, of an update that has one."""
-        return self.delta.a  # pyright: ignore[reportAttributeAccessIssue]
+        return self.delta.a
 
     @property
     def b(self) -> Any:
         """The factor `(*batch, *rows, rank)`, of an update that has one."""
-        return self.delta.b  # pyright: ignore[reportAttributeAccessIssue]
+        return self.delta.b
 
     @property
     def rank(self) -> int:

@@ -5,6 +5,8 @@ along the columns, a scale for each row or batch index; and what is constant alo
 rows is taken up by `a`. `vmap` of a scalar is such an array, `(batch, 1, 1)`.
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,7 +32,7 @@ def neg(w: LowRankArray):
     return replace(w, b=-w.b)
 
 
-def scaled_low_rank(w: LowRankArray, x, apply=jnp.multiply) -> LowRankArray:
+def scaled_low_rank(w: LowRankArray, x, apply: Callable = jnp.multiply):
     """`apply(factor, scale)` of the factor with all axes along which `x` varies.
 
     **Raises:** `NotLazy` if it varies along rows and along columns.

@@ -7,7 +7,7 @@ put on the other operand, and one along the rest on the result.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import quax
@@ -243,7 +243,8 @@ def _(w: ScaledArray, *, new_dtype, **params):
 def _scale_again(w: ScaledArray, x, apply) -> ScaledArray:
     shape = jnp.broadcast_shapes(w.shape, x.shape)
     x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
-    w = quax.quaxify(jnp.broadcast_to)(w, shape)
+    broadcast: Callable = quax.quaxify(jnp.broadcast_to)
+    w = broadcast(w, shape)
     varies = [i for i, n in enumerate(x.shape) if n != 1]
     if len(varies) > 1 and x.size == math.prod(shape):
         raise NotLazy("a product element by element with a full array is no scale")
