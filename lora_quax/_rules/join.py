@@ -87,13 +87,12 @@ def low_rank_sum(deltas: Sequence[LowRankArray], operation: str) -> LowRankArray
     return replace(first, a=a, b=b, rank=rank, alpha=first.scaling * rank)
 
 
-def _lowered_once(deltas: Sequence) -> list[LowRankArray | None]:
-    """The factors of each update; an update that is there twice shares them."""
-    lowered: dict[int, LowRankArray | None] = {id(None): None}
-    for d in deltas:
-        if id(d) not in lowered:
-            lowered[id(d)] = d.lower()
-    return [lowered[id(d)] for d in deltas]
+def _each_once(fn, xs: Sequence) -> list:
+    """`fn` of each, and the very same result for one that is there twice: what two
+    operands share is seen by its identity."""
+    done = {id(x): x for x in xs}
+    done = {key: fn(x) for key, x in done.items()}
+    return [done[id(x)] for x in xs]
 
 
 def _join(primitive, operands, params, on_deltas, before=()):
@@ -103,12 +102,10 @@ def _join(primitive, operands, params, on_deltas, before=()):
     each has a flag of its own, and a plain array among them may train. What is joined
     is a new array of the program's own, so that a scale is multiplied out.
     """
-    operands = [into_parts(x) if isinstance(x, ScaledArray) else x for x in operands]
+    operands = _each_once(_into_parts, operands)
     summed = [with_zero_base(x) if isinstance(x, LowRankArray) else x for x in operands]
     ours = [x for x in summed if isinstance(x, LoraArray)]
-    deltas = _lowered_once(
-        [x.delta if isinstance(x, LoraArray) else None for x in summed]
-    )
+    deltas = _each_once(_factors, [getattr(x, "delta", None) for x in summed])
     bases = [x.frozen_base() if isinstance(x, LoraArray) else x for x in summed]
     bases = [dense(x) if isinstance(x, ScaledArray) else x for x in bases]
     bind = quax.quaxify(primitive.bind)
@@ -126,6 +123,14 @@ def _join(primitive, operands, params, on_deltas, before=()):
         stop_gradient=all(x.stop_gradient for x in ours),
         stopped=True,
     )
+
+
+def _into_parts(x):
+    return into_parts(x) if isinstance(x, ScaledArray) else x
+
+
+def _factors(delta) -> LowRankArray | None:
+    return None if delta is None else delta.lower()
 
 
 def _register_sum(primitive, sign: int):

@@ -17,6 +17,7 @@ from jax.extend.core.primitives import all_gather_p
 from .._arrays.base import (
     dense,
     densify_or_refuse,
+    is_adapted,
     lower,
     materialise_or_refuse,
     replace,
@@ -177,7 +178,8 @@ _running(lax.cumsum_p)
 
 @on(lax.gather_p)
 def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
-    """A lookup is an activation, and multiplied out. What is filled in stays so."""
+    """A lookup is an activation, and multiplied out; unless it is itself a weight
+    still. What is filled in is not scaled."""
     numbers, labels = dimension_numbers, varying(w)
     out = quax.quaxify(lax.gather_p.bind)(
         w.frozen_base(),
@@ -191,7 +193,10 @@ def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
         del params["fill_value"]
         sizes = dict(enumerate(slice_sizes))
         s, labels = look_up(s, labels, sizes, indices, numbers, fill=1, **params)
-    return times(out, _spread(s, labels, result_labels(w.ndim, indices, numbers)))
+    s = _spread(s, labels, result_labels(w.ndim, indices, numbers))
+    if is_adapted(out):  # Of whole matrices, of which some were chosen.
+        return replace(w, base=out, scale=s, stopped=True)
+    return quax.quaxify(times)(out, s)
 
 
 def _compact(w: ScaledArray):
