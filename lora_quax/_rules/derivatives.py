@@ -15,7 +15,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.tree_util as jtu
 import quax
 from jax import lax
@@ -73,14 +72,19 @@ def _plus(x, delta) -> LoraArray:
 
 
 def tangents_of_leaves(x, dx) -> list:
-    """Of each leaf of `x`, as an array; that of a frozen base is zero."""
+    """Of each leaf of `x`; that of a frozen base is zero."""
     if isinstance(x, LoraArray):
         base = tangents_of_leaves(x.base, dx.base)
         if x.stop_gradient:
-            base = [jnp.zeros_like(t) for t in base]
+            base = jtu.tree_leaves(zero_tangents(x.base), is_leaf=_is_zero)
         return [*base, *tangents_of_leaves(x.delta, dx.delta)]
-    leaves = jtu.tree_leaves(dx, is_leaf=_is_zero)
-    return [jnp.zeros(t.aval.shape, t.aval.dtype) if _is_zero(t) else t for t in leaves]
+    return jtu.tree_leaves(dx, is_leaf=_is_zero)
+
+
+def zero_tangents(x):
+    """Of an integer it is of no dtype that an array can have."""
+    aval = lambda leaf: jax.typeof(leaf).to_tangent_aval()
+    return jtu.tree_map(lambda leaf: SymbolicZero(aval(leaf)), x)
 
 
 def _is_zero(dx) -> bool:

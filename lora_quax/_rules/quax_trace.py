@@ -26,6 +26,7 @@ from .derivatives import (
     returned_operands,
     tangent_of,
     tangents_of_leaves,
+    zero_tangents,
 )
 from .kinds import kind_of
 from .leaves import leaf_specs
@@ -139,7 +140,7 @@ def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zer
             if not is_value(x):
                 t = plain(_instantiated(t), "custom_jvp", _OF_THE_WHOLE)
             elif _is_symbolic(t):
-                t = jtu.tree_map(jnp.zeros_like, x)
+                t = zero_tangents(x)
             elif i is not None and i == j:
                 of_leaves = tangents_of_leaves(values[i], dots[i])
                 t = jtu.tree_unflatten(jtu.tree_structure(x), of_leaves)
