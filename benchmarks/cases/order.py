@@ -71,7 +71,7 @@ def case(quick: bool) -> Case:
         "A training step with the weight formed in it, or not",
         {name: lambda size=size: rows(size) for name, size in sizes.items()},
         [at_most("factored: ÷ formed, at worst", None, "factored", "formed")],
-        rounds=5,
+        rounds=3,
     )
 
 

@@ -75,7 +75,7 @@ def _case(name: str, sizes: Mapping[int, Size], quick: bool, claims) -> Case:
             Claim(f"{name}: FLOPs of products, off the fewest on paper", off, 0.01),
             *(claim(name, sizes) for claim in claims),
         ],
-        rounds=5,
+        rounds=3,
     )
 
 

@@ -27,7 +27,7 @@ def case(quick: bool) -> Case:
             at_most("what Quax itself costs, ÷ frozen", None, THROUGH_QUAX, FROZEN),
         ],
         measure="trace",
-        rounds=5,
+        rounds=3,
     )
 
 
