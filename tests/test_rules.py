@@ -9,6 +9,7 @@ import quax
 from helpers import (
     assert_close,
     check,
+    check_all,
     check_derivative,
     densify,
     DERIVATIVES,
@@ -338,14 +339,19 @@ def _case(program, kind="lora"):
 
 # A value that has a rule for `dot_general` alone meets the other primitives densely,
 # which is that value's affair.
-_KINDS = [k if k == "lora" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
-
-
-@pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_kinds(program, kind):
-    fn, args = _case(program, kind)
+def test_programs(program):
+    fn, args = _case(program)
     check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **_SINGLE.get(program, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_kinds(program):
+    cases = {kind: _case(program, kind) for kind in KINDS if kind != "lora"}
+    ours = TRANSFORMS["Q(f)"].ours
+    cases = {kind: (ours(fn), fn, args) for kind, (fn, args) in cases.items()}
+    check_all(cases, **_SINGLE.get(program, {}))
 
 
 # Where a transform, inside `quaxify`, does to the weight what has no low rank, or one
@@ -373,18 +379,20 @@ _NESTINGS = [t for t in TRANSFORMS if "vmap" in t or "grad" in t]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", _NESTINGS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_transforms(program, transform):
-    dense = program in DENSE.get(transform, ())
+def test_transforms(program):
     fn, weight, other = PROGRAMS[program]
-    transform = TRANSFORMS[transform]
-    args = transform.arguments([lora(**weight, allow_materialise=dense), x(*other)])
-    check(transform.ours(fn), transform.plain(fn), args, **_SINGLE.get(program, {}))
-    if dense:
-        args = transform.arguments([lora(**weight), x(*other)])
-        with pytest.raises(MaterialiseError, match="needs the dense weight"):
-            transform.ours(fn)(*args)
+    cases = {}
+    for name in _NESTINGS:
+        dense = program in DENSE.get(name, ())
+        transform = TRANSFORMS[name]
+        args = transform.arguments([lora(**weight, allow_materialise=dense), x(*other)])
+        cases[name] = transform.ours(fn), transform.plain(fn), args
+        if dense:
+            args = transform.arguments([lora(**weight), x(*other)])
+            with pytest.raises(MaterialiseError, match="needs the dense weight"):
+                transform.ours(fn)(*args)
+    check_all(cases, **_SINGLE.get(program, {}))
 
 
 @pytest.mark.slow
