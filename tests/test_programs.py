@@ -15,6 +15,7 @@ from helpers import (
     adapted,
     assert_close,
     check,
+    check_all,
     check_derivative,
     densify,
     DERIVATIVES,
@@ -270,28 +271,34 @@ LAYERS = {
         _call,
     ),
 }
-NESTINGS = [
-    pytest.param(t, marks=[] if t in ("Q(f)", "vmap(Q f)") else pytest.mark.slow)
-    for t in TRANSFORMS
-    if "weights" not in t
-]
+_QUICK = ["Q(f)", "vmap(Q f)"]
+_OTHER = [t for t in TRANSFORMS if "weights" not in t and t not in _QUICK]
 
 
-@pytest.mark.parametrize("nesting", NESTINGS)
+@pytest.mark.parametrize(
+    "nestings",
+    [
+        pytest.param(_QUICK, id="quick"),
+        pytest.param(_OTHER, id="other", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_layers(layer, nesting):
+def test_layers(layer, nestings):
     make, shape, options, call = LAYERS[layer]
     model = adapted(make(jr.key(0)), **options)
     params, static = eqx.partition(model, eqx.is_array)
     program = lambda params, x: call(eqx.combine(params, static), x)
-    transform = TRANSFORMS[nesting]
-    args = transform.arguments([params, x(*shape)])
-    if "experts" in layer and "vmap" in nesting:
-        # Nor can JAX, up to 0.12; this says when it can.
-        with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
-            transform.plain(program)(*densify(args))
-        return
-    check(transform.ours(program), transform.plain(program), args)
+    cases = {}
+    for nesting in nestings:
+        transform = TRANSFORMS[nesting]
+        args = transform.arguments([params, x(*shape)])
+        if "experts" in layer and "vmap" in nesting:
+            # Nor can JAX, up to 0.12; this says when it can.
+            with pytest.raises(NotImplementedError, match="ragged_dot vmap"):
+                transform.plain(program)(*densify(args))
+        else:
+            cases[nesting] = transform.ours(program), transform.plain(program), args
+    check_all(cases)
 
 
 @pytest.mark.slow
@@ -468,7 +475,13 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("nesting", NESTINGS[:4])
+_NESTINGS = [
+    pytest.param(t, marks=[] if t in _QUICK else pytest.mark.slow)
+    for t in ("Q(f)", "Q(vmap f)", "vmap(Q f)", "Q(grad f)")
+]
+
+
+@pytest.mark.parametrize("nesting", _NESTINGS)
 @pytest.mark.parametrize("program", FACTORED | MATERIALISED)
 def test_functions(program, nesting):
     allow = program in MATERIALISED or program in DENSE.get(nesting, ())

@@ -10,6 +10,7 @@ from forms import FORMS
 from helpers import (
     assert_close,
     check,
+    check_all,
     check_derivative,
     densify,
     DERIVATIVES,
@@ -350,18 +351,25 @@ REFUSED = {
 
 # A value that has a rule for `dot_general` alone meets the other primitives densely,
 # which is that value's affair.
-_PAIRS = [*some_of(["lora"], PROGRAMS), *some_of([*KINDS][1:], PROGRAMS)]
-
-
-@pytest.mark.parametrize("kind, program", _PAIRS)
-def test_kinds(kind, program):
-    reason = REFUSED.get(kind, {}).get(program)
-    fn, args = _case(program, kind, allow_materialise=reason is not None)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs(program):
+    fn, args = _case(program)
     check(TRANSFORMS["Q(f)"].ours(fn), fn, args, **SINGLE.get(program, {}))
-    if reason is not None:
-        fn, args = _case(program, kind)
-        with pytest.raises(MaterialiseError, match=reason):
-            quax.quaxify(fn)(*args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_kinds(program):
+    cases, ours = {}, TRANSFORMS["Q(f)"].ours
+    for kind in [*KINDS][1:]:
+        reason = REFUSED.get(kind, {}).get(program)
+        fn, args = _case(program, kind, allow_materialise=reason is not None)
+        cases[kind] = ours(fn), fn, args
+        if reason is not None:
+            fn, args = _case(program, kind)
+            with pytest.raises(MaterialiseError, match=reason):
+                quax.quaxify(fn)(*args)
+    check_all(cases, **SINGLE.get(program, {}))
 
 
 # Where a transform, inside `quaxify`, does to the weight what has no low rank, or one
@@ -389,18 +397,20 @@ _NESTINGS = [t for t in TRANSFORMS if "vmap" in t or "grad" in t]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", _NESTINGS)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_transforms(program, transform):
-    dense = program in DENSE.get(transform, ())
+def test_transforms(program):
     fn, weight, other = PROGRAMS[program]
-    transform = TRANSFORMS[transform]
-    args = transform.arguments([lora(**weight, allow_materialise=dense), x(*other)])
-    check(transform.ours(fn), transform.plain(fn), args, **SINGLE.get(program, {}))
-    if dense:
-        args = transform.arguments([lora(**weight), x(*other)])
-        with pytest.raises(MaterialiseError, match="needs the dense weight"):
-            transform.ours(fn)(*args)
+    cases = {}
+    for name in _NESTINGS:
+        dense = program in DENSE.get(name, ())
+        transform = TRANSFORMS[name]
+        args = transform.arguments([lora(**weight, allow_materialise=dense), x(*other)])
+        cases[name] = transform.ours(fn), transform.plain(fn), args
+        if dense:
+            args = transform.arguments([lora(**weight), x(*other)])
+            with pytest.raises(MaterialiseError, match="needs the dense weight"):
+                transform.ours(fn)(*args)
+    check_all(cases, **SINGLE.get(program, {}))
 
 
 @pytest.mark.slow
