@@ -10,6 +10,7 @@ arrays to it, and the tests are run with this installed too.
 import jax.extend.linear_util as lu
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import quax
 from jax._src import core
 from jax._src.ad_util import Zero
 from jax.custom_derivatives import SymbolicZero
@@ -32,7 +33,7 @@ def _process_custom_vjp_call(
         with core.take_current_trace() as parent:
             trace = quax_trace._QuaxTrace(parent, self.tag)
             wrap = lambda x: (
-                quax_trace._QuaxTracer(trace, x) if quax_trace._is_value(x) else x
+                quax_trace._QuaxTracer(trace, x) if isinstance(x, quax.Value) else x
             )
             unwrap = lambda x: (
                 x if isinstance(x, Zero | SymbolicZero) else trace.to_value(x)

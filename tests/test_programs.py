@@ -431,6 +431,7 @@ FACTORED = {
     "filter_custom_vjp of a weight": lambda w, x: _product((w, x)),
     "two ranks in one body": _both_in_one_body,
     "error_if": lambda w, x: eqx.error_if(w @ x, x[0] > 99, "no"),
+    "error_if of a weight": lambda w, x: eqx.error_if(w, x[0] > 99, "no") @ x,
     "nested quaxify": lambda w, x: quax.quaxify(lambda w, x: w @ x)(w, x),
     "jit inside": lambda w, x: jax.jit(lambda w, x: jnp.tanh(w @ x))(w, x),
     "closure_convert": lambda w, x: jax.closure_convert(lambda x: x * 2, x)[0](w @ x),
@@ -452,7 +453,6 @@ MATERIALISED = {
     "scan, carry sums weights": lambda w, x: lax.scan(
         lambda c, s: (c + w, c @ x), w, x
     )[1],
-    "error_if of a weight": lambda w, x: eqx.error_if(w, x[0] > 99, "no") @ x,
     "switched weight": lambda w, x: (
         jax.vmap(lambda s: lax.cond(s > 0, lambda: w, lambda: 2 * w))(x) @ x
     ),

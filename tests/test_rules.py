@@ -283,9 +283,9 @@ PROGRAMS = {
         (2, 3),
     ),
     "concatenate columns": (
-        lambda w, x: jnp.concatenate([x, w, w], 1) @ jnp.arange(7.0),
-        MATRIX,
-        (5, 1),
+        lambda w, x: jnp.concatenate([x, w, w], 1) @ jnp.arange(21.0),
+        dict(shape=(12, 10), rank=1),
+        (12, 1),
     ),
     "stack [w, w]": (
         lambda w, x: jnp.einsum("eoi,i->eo", jnp.stack([w, w]), x),
@@ -379,7 +379,6 @@ DENSE = {
         "conv, batch groups",
         "conv, depthwise",
         "conv, HWIO kernel, groups",
-        "conv, inputs first, groups",
         "scalars",
     },
     "Q(vmap f) of weights": {

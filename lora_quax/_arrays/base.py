@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any, ClassVar, dataclass_transform, TYPE_CHECKING
+from typing import Any, ClassVar, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 BASE, FROZEN = "base", "frozen"
 
 
-def role(name: str, **kwargs: Any) -> Any:
+def role(name: str | None = None, **kwargs: Any) -> Any:
     """A field of an `AdaptedArray`, and what its leaves are.
 
     - `"base"`: what was there before. It is kept as it is and not written to disk,
@@ -42,7 +42,8 @@ def role(name: str, **kwargs: Any) -> Any:
     - `"frozen"`: belongs to the adaptation and is written with it, but does not train.
     - any other name, such as `"a"` or `"b"`: trains, under this label.
 
-    A field without a role holds another adapted array, which has roles of its own.
+    Without a name, as without a role, it holds adapted arrays, which have roles of
+    their own.
     """
     return eqx.field(metadata={"role": name}, **kwargs)
 
@@ -148,8 +149,6 @@ class MaterialiseError(RuntimeError):
 late_rules: dict[str, Callable] = {}
 
 
-# For type checkers: a `role` is a field, and no default.
-@dataclass_transform(field_specifiers=(role, eqx.field))
 class AdaptedArray(quax.ArrayValue):
     """An array that stands for a weight, or for the update of one, that is adapted.
 

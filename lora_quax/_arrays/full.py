@@ -52,7 +52,7 @@ class FullArray(AdaptedArray):
         """True: it is dense as it is."""
         return True
 
-    def lower(self) -> Array:
+    def lower(self) -> Any:
         return self.value
 
     def aval(self) -> ShapedArray:

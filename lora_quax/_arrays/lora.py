@@ -46,12 +46,12 @@ class LoraArray(AdaptedArray):
 
     form = "lora"
 
-    base: Any = role(BASE)  # an array or a `quax.ArrayValue`
-    delta: Any  # an `AbstractDelta`, most often a `LowRankArray`
     stop_gradient: bool = eqx.field(static=True)
     # Whether what `base` holds is behind `stop_gradient` already, as a result that
     # depends on more than the base has to be. Whether the base trains does not change.
     stopped: bool = eqx.field(static=True)
+    base: Any = role(BASE)  # an array or a `quax.ArrayValue`
+    delta: Any = role()  # an `AbstractDelta`, most often a `LowRankArray`
 
     def __init__(
         self,

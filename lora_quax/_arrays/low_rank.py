@@ -32,12 +32,12 @@ class LowRankArray(AbstractDelta):
 
     form = "low_rank"
 
-    a: Float[Array, "..."] = role("a")  # (*batch, rank, *cols)
-    b: Float[Array, "..."] = role("b")  # (*batch, *rows, rank)
     rank: int = eqx.field(static=True)
     alpha: float = eqx.field(static=True)
     rows: int = eqx.field(static=True)
     cols: int = eqx.field(static=True)
+    a: Float[Array, "..."] = role("a")  # (*batch, rank, *cols)
+    b: Float[Array, "..."] = role("b")  # (*batch, *rows, rank)
 
     def __init__(
         self,

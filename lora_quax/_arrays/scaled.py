@@ -23,11 +23,11 @@ class ScaledArray(AdaptedArray):
 
     form = "scaled"
 
-    base: Any = role(BASE)  # an array or a `quax.ArrayValue`
-    scale: Float[Array, "..."] = role("scale")  # each axis as that of the base, or 1
     stop_gradient: bool = eqx.field(static=True)
     stopped: bool = eqx.field(static=True)  # As for a `LoraArray`.
     allow_materialise: bool = eqx.field(static=True)
+    base: Any = role(BASE)  # an array or a `quax.ArrayValue`
+    scale: Float[Array, "..."] = role("scale")  # each axis as that of the base, or 1
 
     def __init__(
         self,

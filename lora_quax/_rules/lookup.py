@@ -44,9 +44,10 @@ def gather(
     del fill_value  # Out of bounds, the base gives it, and the update zero.
     numbers = dimension_numbers
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    dropped = {*map(int, dropped)}  # Some of them are NumPy's.
     cut = dropped | {i for i, n in enumerate(w.shape) if slice_sizes[i] != n}
     if fills(params):  # A slice of all of an axis, too, may start out of bounds.
-        cut |= {*numbers.start_index_map}
+        cut |= {*map(int, numbers.start_index_map)}
         w = contain(w, cut)
     sizes = {"rank": w.rank, **dict(enumerate(slice_sizes))}
 

@@ -20,6 +20,7 @@ from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense
 
 from .._arrays.base import is_adapted, lower_all, refusal
+from .._arrays.scaled import ScaledArray
 from .._compat import core, cotangents, flat_tree, spec_axes, varying_axes
 from .derivatives import (
     cotangent_of_leaves,
@@ -53,6 +54,17 @@ def _own_or_plain(trace: _QuaxTrace, values) -> list:
     """Somebody else's values are made dense, beside ours."""
     with core.set_current_trace(trace.parent_trace):
         return [x if is_adapted(x) else plain(x, "", "") for x in values]
+
+
+def _sums_or_plain(trace: _QuaxTrace, values, operation: str) -> list:
+    """So are scaled arrays, if that is allowed: their tangents are no such sums."""
+    with core.set_current_trace(trace.parent_trace):
+        return [
+            plain(x, operation, "a scale is multiplied out before its derivative")
+            if isinstance(x, ScaledArray) or not is_adapted(x)
+            else x
+            for x in values
+        ]
 
 
 def _retrace(tag, f: Callable, args) -> Any:
@@ -151,7 +163,7 @@ def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zer
 
     call.defjvp(rule, symbolic_zeros=True)
     with core.set_current_trace(self.parent_trace):
-        out = call(*_own_or_plain(self, values))
+        out = call(*_sums_or_plain(self, values, "custom_jvp"))
     return [_wrap(self, x) for x in out]
 
 
@@ -233,7 +245,7 @@ def _process_custom_vjp_call(
 
     call.defvjp(forward, backward, symbolic_zeros=symbolic_zeros)
     with core.set_current_trace(self.parent_trace):
-        out = call(*_own_or_plain(self, values))
+        out = call(*_sums_or_plain(self, values, "custom_vjp"))
     return [_wrap(self, x) for x in out]
 
 

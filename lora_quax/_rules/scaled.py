@@ -193,8 +193,10 @@ def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
         del params["fill_value"]
         sizes = dict(enumerate(slice_sizes))
         s, labels = look_up(s, labels, sizes, indices, numbers, fill=1, **params)
-    s = _spread(s, labels, result_labels(w.ndim, indices, numbers))
-    if is_adapted(out):  # Of whole matrices, of which some were chosen.
+    order = result_labels(w.ndim, indices, numbers)
+    s = _spread(s, labels, order)
+    # Of whole matrices some were chosen; else what is looked up is an activation.
+    if is_adapted(out) or sum(isinstance(i, int) for i in order) > 1:
         return replace(w, base=out, scale=s, stopped=True)
     return quax.quaxify(times)(out, s)
 

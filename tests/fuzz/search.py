@@ -90,7 +90,7 @@ def _until_one_fails(
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],  # pyright: ignore
         report_multiple_bugs=False,
         print_blob=False,
     )

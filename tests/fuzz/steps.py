@@ -27,7 +27,7 @@ def transpose(d: Draft):
 
 def split_axis(d: Draft):
     axis = d.one([i for i, n in enumerate(d.shape) if n in (4, 6) and len(d.shape) < 4])
-    n = d.one([2, d.shape[axis] // 2])
+    n = d.one([2, d.shape[axis] // 2])  # pyright: ignore
     shape = (*d.shape[:axis], n, d.shape[axis] // n, *d.shape[axis + 1 :])
     return f"jnp.reshape(w, {shape})"
 
