@@ -42,7 +42,7 @@ _ORDER = f"ORDER_SEED={os.environ['ORDER_SEED']}"
 
 def pytest_report_header():
     return [
-        "all of it takes about ten minutes on two cores, and -m 'not slow' four",
+        "all of it takes about 18 minutes on two cores, and -m 'not slow' eight",
         f"programs run in the order of {_ORDER}",
         f"canary: {', '.join(CANARY) or 'none'}",
     ]
@@ -98,7 +98,7 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-_TESTS_PER_CACHE = 200
+_TESTS_PER_CACHE = 80
 _finished = 0
 
 
