@@ -26,7 +26,7 @@ def _page(results: list[dict[str, Any]], plots: Iterable[Path]) -> Iterator[str]
     yield ""
     yield "Written by `python -m benchmarks`, as are the files beside this one, which"
     yield "hold every single time, and the versions and the machine it was taken on."
-    yield "A figure is the median of several runs; beside it stand the least and the"
+    yield "A figure is the median of all runs; beside it stand the least and the"
     yield "greatest."
     yield ""
     yield "| claim | at most | measured | runs | |"

@@ -47,19 +47,23 @@ def call_rule(primitive, quax_rule: Callable | None = None):
             return primitive.bind(*args, **params)
 
         # Once as specific as what Quax registers, for `cond` and for the others, so
-        # that it is preferred to that, and once for operands that are no arrays.
-        @quax.register(primitive, precedence=1)
-        def _(index: ArrayLike, *args: ArrayLike | quax.ArrayValue, **params):
+        # that it is preferred to that, and once for operands that are no arrays. By
+        # annotations alone, because a tracer of a reference passes for one of an array.
+        def leading(index, *args, **params):
             return dispatched(index, *args, **params)
 
-        @quax.register(primitive, precedence=1)
-        def _(*args: ArrayLike | quax.ArrayValue, **params):
+        def all_alike(*args, **params):
             return dispatched(*args, **params)
 
-        @quax.register(primitive, precedence=1)
-        def _(*args: object, **params):
+        def of_anything(*args, **params):
             return dispatched(*args, **params)
 
+        values = ArrayLike | quax.ArrayValue
+        leading.__annotations__.update(index=ArrayLike, args=values)
+        all_alike.__annotations__.update(args=values)
+        of_anything.__annotations__.update(args=object)
+        for registered in leading, all_alike, of_anything:
+            quax.register(primitive, precedence=1)(registered)
         return rule
 
     return decorate
