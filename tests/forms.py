@@ -255,7 +255,8 @@ def _dense_chosen(x: Chosen, dense):
 
 def _rows_scaled(w, scale):
     labels = "abcdefgh"[: w.ndim]
-    return jnp.einsum(f"{labels},{labels[: scale.ndim]}->{labels}", w, scale)
+    out = jnp.einsum(f"{labels},{labels[: scale.ndim]}->{labels}", w, scale)
+    return out.astype(w.dtype)
 
 
 ORACLES = {

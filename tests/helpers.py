@@ -130,7 +130,7 @@ def dense(w):
     """The dense array, written out by einsum and so apart from what is tested."""
     if isinstance(w, LoraArray):
         base = dense(w.base)
-        base = lax.stop_gradient(base) if w.stop_gradient else base
+        base = lax.stop_gradient(base) if w.stop_gradient and not w.stopped else base
         delta = dense(w.delta)
         wide = jnp.promote_types(base.dtype, delta.dtype)
         total = base.astype(wide) + delta.astype(wide)
@@ -144,7 +144,7 @@ def dense(w):
         return out.reshape(*batch, *rows, *cols)
     if isinstance(w, ScaledArray):
         base = dense(w.base)
-        base = lax.stop_gradient(base) if w.stop_gradient else base
+        base = lax.stop_gradient(base) if w.stop_gradient and not w.stopped else base
         return (base * w.scale).astype(base.dtype)
     if type(w) in ORACLES:
         return ORACLES[type(w)](w, dense)

@@ -49,6 +49,8 @@ def gather(
     if fills(params):  # A slice of all of an axis, too, may start out of bounds.
         cut |= {*map(int, numbers.start_index_map)}
         w = contain(w, cut)
+    # Where each slice is all of the array, one factor has to be there for each index.
+    cut = cut or {*map(int, numbers.start_index_map)} or {0}
     sizes = {"rank": w.rank, **dict(enumerate(slice_sizes))}
 
     def part(factor, labels):
