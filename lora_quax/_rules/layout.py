@@ -363,7 +363,7 @@ def reduce_sum(w: LowRankArray, *, axes, out_sharding=None):
     old = groups(w)
     a_labels, b_labels, _ = w.labels
     a, b = (w.a, a_labels), (w.b, b_labels)
-    summed = [i for i in axes if old[i] == BATCH]
+    summed = [int(i) for i in axes if old[i] == BATCH]
     for i in summed:
         a, b = lose(*a, i), lose(*b, i)
     kept = [i for i in range(w.ndim) if i not in axes]
