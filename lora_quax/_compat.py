@@ -47,6 +47,11 @@ if jax.__version_info__ >= (0, 12):
     from jax._src.hijax import call_hi_primitive_p as call_hi_primitive_p
 
 
+# Whether a barrier may stand behind a batched product. XLA of JAX 0.10 aborts where it
+# wants the result of one laid out otherwise.
+HOLDS_BATCHES = jax.__version_info__ >= (0, 11)
+
+
 def partition_spec(x) -> tuple:
     """How the type of an array says it is sharded; on a mesh that is not explicit, and
     for an abstract stand-in, not at all."""

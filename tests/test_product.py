@@ -16,6 +16,7 @@ from jax.experimental.jet import jet
 import lora_quax
 from benchmarks._compiled import products
 from lora_quax._arrays.thin_dot import contract, thin_dot_general
+from lora_quax._compat import HOLDS_BATCHES
 
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -127,8 +128,9 @@ PROGRAMS = {
     "recurrent": (_recurrent, (WIDTH, WIDTH), 1),
     "tied embedding": (_tied, (WIDTH, WIDTH), 1),
     "convolution": (_convolution, (WIDTH, WIDTH, 5), 2),
-    "ensemble": (_ensemble, (2, WIDTH, WIDTH), 1),
 }
+if HOLDS_BATCHES:
+    PROGRAMS["ensemble"] = (_ensemble, (2, WIDTH, WIDTH), 1)
 
 
 def thin_products(program, w, x):

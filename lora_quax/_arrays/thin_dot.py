@@ -27,7 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from .._compat import auto_insert_reshard
+from .._compat import auto_insert_reshard, HOLDS_BATCHES
 
 
 thin_dot_general_p = Primitive("thin_dot_general")
@@ -80,7 +80,8 @@ def _lower(
     n_batch = len(u_batch)
     v_free = range(n_batch, n_batch + v.ndim - len(v_contract) - n_batch)
     u_free = range(v_free.stop, out.ndim)
-    return lax.transpose(hold(out), (*range(n_batch), *u_free, *v_free))
+    out = out if n_batch and not HOLDS_BATCHES else hold(out)
+    return lax.transpose(out, (*range(n_batch), *u_free, *v_free))
 
 
 # XLA folds a transposition into the product that it is of, which turns the operands
