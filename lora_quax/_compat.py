@@ -21,6 +21,7 @@ from jax._src.core import (
     auto_insert_reshard as auto_insert_reshard,
     pvary_p as pvary_p,
 )
+from jax._src.hijax import call_hi_primitive_p as call_hi_primitive_p
 from jax._src.interpreters.partial_eval import (
     convert_constvars_jaxpr as _convert_constvars_jaxpr,
 )
@@ -39,12 +40,8 @@ else:
     flat_tree = getattr(_tree_util, "FlatTree").flatten
 
 
-# Primitives that hold an object which says what they do came with JAX 0.12, and so did
-# one that does what a jaxpr says.
-call_hi_primitive_p: Any = None
+# One that does what a jaxpr says came with JAX 0.12.
 eval_jaxpr_p: Any = getattr(core, "eval_jaxpr_p", None)
-if jax.__version_info__ >= (0, 12):
-    from jax._src.hijax import call_hi_primitive_p as call_hi_primitive_p
 
 
 # Whether a barrier may stand behind a batched product. XLA of JAX 0.10 aborts where it
@@ -90,15 +87,20 @@ def shaped_array(shape, dtype, spec, *like) -> ShapedArray:
     return widest.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
+def as_closed(jaxpr):
+    """A jaxpr without constants, closed, as a higher primitive holds it."""
+    if hasattr(jaxpr, "consts"):
+        return jaxpr
+    return core.ClosedJaxpr(jaxpr, ())  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def as_function(jaxpr):
     """The function of a jaxpr.
 
     `remat_p` holds an open `Jaxpr` and other primitives a `ClosedJaxpr`. JAX 0.12
     merged the two, and every jaxpr is closed.
     """
-    if not hasattr(jaxpr, "consts"):
-        jaxpr = core.ClosedJaxpr(jaxpr, ())  # pyright: ignore[reportAttributeAccessIssue]
-    return core.jaxpr_as_fun(jaxpr)
+    return core.jaxpr_as_fun(as_closed(jaxpr))
 
 
 def detach_consts(closed):

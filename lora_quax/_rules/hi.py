@@ -1,4 +1,4 @@
-"""The higher primitives of JAX 0.12: objects that hold what is to be run, and how it is
+"""The higher primitives of JAX: objects that hold what is to be run, and how it is
 differentiated.
 
 Quax's trace asks for them to be expanded before it sees them, which loses the latter.
@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import quax
 
 from .._arrays.base import lower_all, materialise_or_refuse
-from .._compat import call_hi_primitive_p, detach_consts, eval_jaxpr_p
+from .._compat import as_closed, call_hi_primitive_p, detach_consts, eval_jaxpr_p
 from .kinds import kind_of
 from .leaves import slices, split_for_scan, step_of_scan
 from .traced import call, call_rule, is_value, own_plain, run_call, trace_on, type_of
@@ -31,12 +31,12 @@ def _remat(*args, _prim):
     """`jax.checkpoint`, with `jax_remat3`."""
     closed, out = trace_on(run_call, (args,), _prim.jaxpr)
     jaxpr, consts = detach_consts(closed)
-    prevent_cse = _prim.prevent_cse
-    if isinstance(prevent_cse, tuple):  # One flag per operand; now one per leaf.
-        flags = [f for x, f in zip(args, prevent_cse) for _ in jtu.tree_leaves(x)]
-        prevent_cse = (*(False for _ in consts), *flags)
-    call_ = type(_prim)(jaxpr, _prim.policy, prevent_cse)
-    leaves = call_(*consts, *jtu.tree_leaves(args))
+    params = dict(_prim.params, jaxpr=as_closed(jaxpr))
+    if isinstance(params.get("prevent_cse"), tuple):  # One per operand; now per leaf.
+        flags = zip(args, _prim.prevent_cse)
+        flags = [flag for x, flag in flags for _ in jtu.tree_leaves(x)]
+        params["prevent_cse"] = (*(False for _ in consts), *flags)
+    leaves = type(_prim)(**params)(*consts, *jtu.tree_leaves(args))
     return jtu.tree_unflatten(jtu.tree_structure(out), leaves)
 
 
@@ -61,7 +61,7 @@ def _scan(*args, _prim):
     scan = type(_prim)(
         extensives=[False] * len(fixed) + [True] * len(moving),
         length=length,
-        jaxpr=jaxpr,
+        jaxpr=as_closed(jaxpr),
         reverse=_prim.reverse,
         unroll=_prim.unroll,
     )
@@ -119,8 +119,9 @@ _RULES = {
     "CustomVJPTraced": _refuse,
 }
 
-if call_hi_primitive_p is not None:
-    call_rule(call_hi_primitive_p, _expand)(_call_hi_primitive)
+call_rule(call_hi_primitive_p, _expand)(_call_hi_primitive)
+
+if eval_jaxpr_p is not None:
 
     @call_rule(eval_jaxpr_p)
     def _(*args, call_jaxpr):
