@@ -114,6 +114,15 @@ def adapted(model, rank=2, **kwargs):
     return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
 
 
+def filled(make: Callable, *args) -> Any:
+    """What `make` makes, of other numbers: to draw these compiles nothing."""
+    leaves, treedef = jtu.tree_flatten(eqx.filter_eval_shape(make, *args))
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            leaves[i] = drawn(leaf.shape, (i,), leaf.dtype, 0.5)
+    return jtu.tree_unflatten(treedef, leaves)
+
+
 def x(*shape, seed=7):
     """An input."""
     return drawn(shape, seed)
