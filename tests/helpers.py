@@ -60,7 +60,9 @@ def _(w: Scaled, x: Array, **params):
     return lax.dot_general_p.bind(w.array, x, **params) * w.scale
 
 
-def drawn(shape, seed: int | tuple[int, ...], dtype: Any = None, scale: float = 1.0) -> Array:
+def drawn(
+    shape, seed: int | tuple[int, ...], dtype: Any = None, scale: float = 1.0
+) -> Array:
     """Random numbers. They are NumPy's, since to draw with JAX is to compile."""
     numbers = np.random.default_rng(seed).normal(scale=scale, size=shape)
     return jnp.asarray(numbers, dtype)
