@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
-from jax.core import ShapedArray
 from jaxtyping import Array, PRNGKeyArray
 
 from .. import init as _init
 from ..init import Initialiser
+from .around import AroundBase
 from .base import (
     AbstractDelta,
-    AdaptedArray,
     BASE,
     checked,
     dense,
-    frozen,
     lowered_type,
     make,
     role,
@@ -28,7 +26,7 @@ from .low_rank import LowRankArray
 from .show import show
 
 
-class LoraArray(AdaptedArray):
+class LoraArray(AroundBase):
     """A frozen weight and its low-rank update, unsummed: `base + scaling · b · a`.
 
     Inside `quax.quaxify` it stands for the sum, of the base's shape and dtype, and what
@@ -47,8 +45,6 @@ class LoraArray(AdaptedArray):
     form = "lora"
 
     stop_gradient: bool = eqx.field(static=True)
-    # Whether what `base` holds is behind `stop_gradient` already, as a result that
-    # depends on more than the base has to be. Whether the base trains does not change.
     stopped: bool = eqx.field(static=True)
     base: Any = role(BASE)  # an array or a `quax.ArrayValue`
     delta: Any = role()  # an `AbstractDelta`, most often a `LowRankArray`
@@ -149,9 +145,6 @@ class LoraArray(AdaptedArray):
         parts = dict(base=base, delta=delta)
         return checked(make(cls, **parts, stop_gradient=stop_gradient, stopped=False))
 
-    def lower(self) -> "LoraArray":
-        return self
-
     @property
     def _update(self) -> Any:
         """The update as factors, or as the types of its factors."""
@@ -187,14 +180,6 @@ class LoraArray(AdaptedArray):
     def scaling(self) -> float:
         """`alpha / rank`."""
         return self._update.scaling
-
-    def aval(self) -> ShapedArray:
-        return aval_of(self.base)
-
-    def frozen_base(self) -> Any:
-        """The base as it enters a result: behind `stop_gradient`, if it is frozen."""
-        passes = self.stopped or not self.stop_gradient
-        return self.base if passes else frozen(self.base)
 
     def dense(self) -> Array:
         return add(dense(self.frozen_base()), self.delta.lower().product())

@@ -5,15 +5,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.core import ShapedArray
 from jaxtyping import Array, Float
 
-from .base import AdaptedArray, BASE, dense, frozen, role
+from .around import AroundBase
+from .base import BASE, dense, role
 from .check import aval_of, check_weight
 from .show import show
 
 
-class ScaledArray(AdaptedArray):
+class ScaledArray(AroundBase):
     """The array `scale · base`, element by element, unmultiplied.
 
     What is multiplied with it is scaled, before or after, in place of the weight. IA³
@@ -24,7 +24,7 @@ class ScaledArray(AdaptedArray):
     form = "scaled"
 
     stop_gradient: bool = eqx.field(static=True)
-    stopped: bool = eqx.field(static=True)  # As for a `LoraArray`.
+    stopped: bool = eqx.field(static=True)
     allow_materialise: bool = eqx.field(static=True)
     base: Any = role(BASE)  # an array or a `quax.ArrayValue`
     scale: Float[Array, "..."] = role("scale")  # each axis as that of the base, or 1
@@ -67,17 +67,6 @@ class ScaledArray(AdaptedArray):
                 "`scale` must have the axes of the weight, each as long as there or of "
                 f"length 1; got {scale} for a weight of shape {shape}."
             )
-
-    def lower(self) -> "ScaledArray":
-        return self
-
-    def aval(self) -> ShapedArray:
-        return aval_of(self.base)
-
-    def frozen_base(self) -> Any:
-        """The base as it enters a result: behind `stop_gradient`, if it is frozen."""
-        passes = self.stopped or not self.stop_gradient
-        return self.base if passes else frozen(self.base)
 
     def dense(self) -> Array:
         return times(dense(self.frozen_base()), self.scale)
