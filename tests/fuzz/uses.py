@@ -108,6 +108,7 @@ def conv(d: Draft):
         feature_group_count=groups,
         batch_group_count=batch_groups,
     )
+    d.is_dilated |= max(options["lhs_dilation"]) > 1
     x = d.input(x_shape)
     written = ", ".join(f"{name}={value}" for name, value in options.items())
     # The weight may have been cast, and of a convolution both are of one dtype.
