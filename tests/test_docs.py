@@ -1,8 +1,10 @@
 """The pages of `docs/` and README say what is so: their programs run, and more."""
 
+import dataclasses
 import functools as ft
 import re
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -76,7 +78,7 @@ def test_the_reference_has_all_that_is_public():
 
 
 def test_the_picture_is_that_which_is_drawn(tmp_path):
-    draw = {"__file__": str(DOCS / "draw.py"), "__name__": "draw"}
+    draw: dict[str, Any] = {"__file__": str(DOCS / "draw.py"), "__name__": "draw"}
     exec((DOCS / "draw.py").read_text(), draw)
     draw["draw"](tmp_path / "picture.svg")
     # How letters are placed may depend on the version of matplotlib.
@@ -128,6 +130,49 @@ def test_rows_of_the_targets_table(source):
     model = Model(jr.key(0))
     adapted = lora_quax.loraify(model, 2, jr.key(1), targets=eval(source, {"eqx": eqx}))
     assert isinstance(adapted.blocks[0]["attn"].q_proj.weight, lora_quax.LoraArray)
+
+
+# Coming from PEFT: its parameters are there, and so is what is named beside them.
+
+
+class Layer(eqx.Module):
+    attn: Block
+    experts: dict[str, jax.Array]
+
+    def __init__(self, key):
+        self.attn = Block(key)
+        self.experts = {"gate_up_proj": jr.normal(key, (2, 4, 8))}
+
+
+class Transformer(eqx.Module):
+    layers: list[Layer]
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.layers = [Layer(key), Layer(key)]
+        self.head = eqx.nn.Linear(4, 2, key=key)
+
+
+def rows_of_peft() -> list[list[str]]:
+    return cells(PAGES["docs/coming-from.md"], "## PEFT: LoraConfig")
+
+
+def test_parameters_of_peft_are_there():
+    config = pytest.importorskip("peft").LoraConfig
+    fields = {field.name for field in dataclasses.fields(config)}
+    named = {re.match(r"\w+", code(row[0])[0]) for row in rows_of_peft()}
+    assert {match[0] for match in named if match} <= fields
+
+
+@pytest.mark.parametrize(
+    "source",
+    [c for row in rows_of_peft() for c in code(row[1]) if c.startswith("targets=")],
+)
+def test_what_is_named_beside_them_is_there(source):
+    source = source.replace("...", "eqx.nn.Linear: True")
+    targets = eval(f"dict({source})", {"eqx": eqx, "lora_quax": lora_quax})
+    adapted = _loraify(Transformer(jr.key(0)), **targets)
+    assert not eqx.tree_equal(adapted, lora_quax.unload(adapted))
 
 
 # Nesting.
@@ -220,7 +265,9 @@ def _load_model(path: Path):
 
 
 ERRORS = {
-    "needs the dense weight": lambda _: quax.quaxify(jnp.sort)(lora((3, 3))),
+    "needs the dense weight": lambda _: quax.quaxify(lambda w: jnp.sort(w))(
+        lora((3, 3))
+    ),
     "Nothing in the model trains": lambda _: lora_quax.filter_grad(_loss)(_mlp()),
     "must be given by position": lambda _: lora_quax.filter_grad(_loss)(
         model=_loraify(_mlp())
