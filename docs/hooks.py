@@ -26,7 +26,8 @@ def on_files(files, config):
     for pattern in PATTERNS:
         for path in sorted(ROOT.glob(pattern)):
             name = path.relative_to(ROOT).as_posix()
-            files.append(File.generated(config, name, abs_src_path=str(path)))
+            goal = config.site_dir, config.use_directory_urls
+            files.append(File(name, str(ROOT), *goal))
     return files
 
 
