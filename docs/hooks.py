@@ -1,8 +1,11 @@
-"""Pages of the site that lie elsewhere in the repository, each at its own path.
+"""Pages of the site that lie elsewhere in the repository, and links between them all.
 
-A link from one of them to another is then right here and in the repository alike.
+In the repository the pages lie in `docs/`, beside the files that are pages too; on the
+site `docs/` is the root. Links are written as they are right in the repository.
 """
 
+import posixpath
+import re
 from pathlib import Path
 
 from mkdocs.plugins import event_priority
@@ -19,6 +22,7 @@ PATTERNS = (
     "benchmarks/results/*.svg",
     "notebooks/*.ipynb",
 )
+LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")
 
 
 @event_priority(50)  # Before the plugin that renders notebooks.
@@ -32,5 +36,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """What is `docs/` in the repository is the root of the site."""
-    return markdown.replace("](docs/", "](")
+    name = page.file.src_uri
+    is_outside = page.file.src_dir == str(ROOT)
+    folder = posixpath.dirname(name if is_outside else f"docs/{name}")
+
+    def on_site(link):
+        path = posixpath.normpath(posixpath.join(folder, link[1]))
+        return posixpath.relpath(path.removeprefix("docs/"), posixpath.dirname(name))
+
+    return LINK.sub(on_site, markdown)

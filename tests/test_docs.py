@@ -47,6 +47,7 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
 }
+BESIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "UPSTREAM.md", "benchmarks/README.md")
 PROGRAMS = {name: blocks(text, "python") for name, text in PAGES.items()}
 
 
@@ -54,6 +55,13 @@ PROGRAMS = {name: blocks(text, "python") for name, text in PAGES.items()}
 def test_programs_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(PROGRAMS[page], page, "exec"), {"__name__": page})
+
+
+@pytest.mark.parametrize("page", [*PAGES, *BESIDE])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for link in re.findall(r"(?<=\]\()(?!\w+:)[^)#\s]+", path.read_text()):
+        assert (path.parent / link).exists(), link
 
 
 def test_commands_run(tmp_path, monkeypatch, capsys):
