@@ -1,6 +1,7 @@
 """Draws the picture of README and of the first page: `python docs/draw.py`."""
 
 from pathlib import Path
+from typing import Any
 
 
 PICTURE = Path(__file__).parent / "picture.svg"
@@ -17,6 +18,7 @@ def draw(path: Path = PICTURE) -> None:
     # Letters as letters, so that the file is small and can be searched.
     matplotlib.rcParams |= {"svg.hashsalt": "lora_quax", "svg.fonttype": "none"}
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Rectangle
 
     figure, axes = plt.subplots(figsize=(8.4, 2.7))
     axes.set(xlim=(0, 84), ylim=(0, 27), aspect="equal")
@@ -25,14 +27,13 @@ def draw(path: Path = PICTURE) -> None:
 
     def box(x, y, width, height, colour):
         axes.add_patch(
-            plt.Rectangle((x, y), width, height, facecolor=colour, edgecolor="white")
+            Rectangle((x, y), width, height, facecolor=colour, edgecolor="white")
         )
 
-    def say(x, y, text, size=10, **options):
-        options = dict(ha="center", va="center", color=TEXT, family="sans-serif") | (
-            options
-        )
-        axes.text(x, y, text, fontsize=size, **options)
+    def say(x, y, text, size=10, **options: Any):
+        usual: dict[str, Any] = dict(ha="center", va="center", color=TEXT)
+        options = usual | dict(family="sans-serif", fontsize=size) | options
+        axes.text(x, y, text, **options)
 
     # The sum, with the parts as large as they are.
     box(2, 5, 16, 16, FROZEN)

@@ -4,6 +4,9 @@ In the repository the pages lie in `docs/`, beside the files that are pages too;
 site `docs/` is the root. Links are written as they are right in the repository.
 """
 
+# It may not be installed where types are checked.
+# pyright: reportMissingImports=false
+
 import posixpath
 import re
 from pathlib import Path

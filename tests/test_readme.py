@@ -35,11 +35,12 @@ def test_versions_agree():
 
 def test_commands_name_what_exists():
     extras = set(PROJECT["optional-dependencies"])
-    lists = re.findall(r"pip install -e '\.\[(.*?)\]'", README)
+    text = README + (ROOT / "CONTRIBUTING.md").read_text()
+    lists = re.findall(r"pip install -e '\.\[(.*?)\]'", text)
     used = {extra for names in lists for extra in names.split(",")}
     assert used and used <= extras
     for path in re.findall(
-        r"\b(?:notebooks|lora_quax|tests|benchmarks|docs|\.ci)/[\w./-]+", README
+        r"\b(?:notebooks|lora_quax|tests|benchmarks|docs|\.ci)/[\w./-]+", text
     ):
         assert (ROOT / path).exists(), path
 
