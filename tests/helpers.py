@@ -60,13 +60,40 @@ def _(w: Scaled, x: Array, **params):
     return lax.dot_general_p.bind(w.array, x, **params) * w.scale
 
 
-def _lora(weight, rank, seed, **kwargs):
-    kwargs = {"alpha": 3.0, "init_b": normal, **kwargs}
-    return LoraArray(weight, rank=rank, key=jr.key(seed + 1), **kwargs)
+def drawn(
+    shape, seed: int | tuple[int, ...], dtype: Any = None, scale: float = 1.0
+) -> Array:
+    """Random numbers. They are NumPy's, since to draw with JAX is to compile."""
+    numbers = np.random.default_rng(seed).normal(scale=scale, size=shape)
+    return jnp.asarray(numbers, dtype)
+
+
+def _lora(
+    weight,
+    rank,
+    seed,
+    *,
+    alpha=3.0,
+    rows=1,
+    cols=1,
+    stop_gradient=True,
+    allow_materialise=False,
+):
+    shape, dtype = weight.shape, jnp.promote_types(weight.dtype, jnp.float32)
+    n = len(shape) - rows - cols
+    delta = LowRankArray(
+        drawn((*shape[:n], rank, *shape[n + rows :]), (seed, 1), dtype, 0.5),
+        drawn((*shape[: n + rows], rank), (seed, 2), dtype, 0.5),
+        alpha=alpha,
+        rows=rows,
+        cols=cols,
+        allow_materialise=allow_materialise,
+    )
+    return LoraArray.from_parts(weight, delta, stop_gradient=stop_gradient)
 
 
 def lora(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArray:
-    return _lora(jr.normal(jr.key(seed), shape, dtype), rank, seed, **kwargs)
+    return _lora(drawn(shape, seed, dtype), rank, seed, **kwargs)
 
 
 def low_rank(shape, **kwargs) -> LowRankArray:
@@ -80,7 +107,7 @@ def nested(shape, *, rank=2, seed=0, **kwargs) -> LoraArray:
 
 
 def on_scaled(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArray:
-    array = jr.normal(jr.key(seed), shape, dtype)
+    array = drawn(shape, seed, dtype)
     return _lora(Scaled(array, jnp.asarray(0.7, dtype)), rank, seed, **kwargs)
 
 
@@ -89,9 +116,18 @@ def adapted(model, rank=2, **kwargs):
     return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
 
 
+def filled(make: Callable, *args) -> Any:
+    """What `make` makes, of other numbers: to draw these compiles nothing."""
+    leaves, treedef = jtu.tree_flatten(eqx.filter_eval_shape(make, *args))
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            leaves[i] = drawn(leaf.shape, (i,), leaf.dtype, 0.5)
+    return jtu.tree_unflatten(treedef, leaves)
+
+
 def x(*shape, seed=7):
     """An input."""
-    return jr.normal(jr.key(seed), shape)
+    return drawn(shape, seed)
 
 
 def _of(form):
@@ -425,6 +461,8 @@ def formed(program: Callable, args) -> list[str]:
         for eqn in jaxpr.eqns:
             inputs = [read(v) for v in eqn.invars]
             outputs = [frozenset().union(*inputs)] * len(eqn.outvars)
+            if eqn.primitive.name == "optimization_barrier":  # Each operand by itself.
+                outputs = inputs
             inside = [_marks_out(run, eqn, sub, inputs) for sub in _subjaxprs(eqn)]
             inside = [marks for marks in inside if len(marks) == len(outputs)]
             if inside:  # Not the condition of a loop.

@@ -22,10 +22,12 @@ from helpers import (
     adapted,
     assert_close,
     check,
+    check_all,
     dense,
     densify,
     DERIVATIVES,
     equations,
+    filled,
     KINDS,
     lora,
     low_rank,
@@ -128,17 +130,18 @@ def _reason(form, program, transform="Q(f)"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transform", NESTINGS)
 @pytest.mark.parametrize("form, program", some_of(FORMS, REPRESENTATIVE, quick=0))
-def test_transforms(form, program, transform):
-    reason = _reason(form, program, transform)
-    fn, args = _args(form, program, reason is not None)
-    t = TRANSFORMS[transform]
-    check(t.ours(fn), t.plain(fn), t.arguments(args), **SINGLE.get(program, {}))
-    if reason is not None:
-        fn, args = _args(form, program)
-        with pytest.raises(MaterialiseError, match=reason):
-            t.ours(fn)(*t.arguments(args))
+def test_transforms(form, program):
+    cases = {}
+    for name in NESTINGS:
+        reason, t = _reason(form, program, name), TRANSFORMS[name]
+        fn, args = _args(form, program, reason is not None)
+        cases[name] = t.ours(fn), t.plain(fn), t.arguments(args)
+        if reason is not None:
+            fn, args = _args(form, program)
+            with pytest.raises(MaterialiseError, match=reason):
+                t.ours(fn)(*t.arguments(args))
+    check_all(cases, **SINGLE.get(program, {}))
 
 
 def _check_derivative(derivative, f, args):
@@ -178,7 +181,8 @@ def test_while_loops(form, program):
 @pytest.mark.parametrize("form, layer", some_of(FORMS, LAYERS))
 def test_layers(form, layer):
     make, shape, options, call = LAYERS[layer]
-    model = of_form(adapted(make(jr.key(0)), **options), form)
+    model = filled(lambda key: adapted(make(key), **options), jr.key(0))
+    model = of_form(model, form)
     params, static = eqx.partition(model, eqx.is_array)
     program = lambda params, x: call(eqx.combine(params, static), x)
     check(quax.quaxify(program), program, (params, x(*shape)))

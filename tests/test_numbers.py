@@ -175,6 +175,15 @@ def test_the_scaling_overflows_in_no_factor(program, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+def test_a_scan_over_rows_of_an_update_has_its_type(dtype):
+    delta = _narrow(dtype)[0].delta
+    run = quax.quaxify(lambda w: lax.map(lambda row: 2 * row, w))
+    assert run(delta).dtype == dtype
+    expected = 2 * np.asarray(densify(delta), float)
+    np.testing.assert_allclose(np.asarray(run(delta), float), expected, rtol=1e-2)
+
+
 # Complex numbers.
 
 

@@ -19,6 +19,7 @@ from helpers import (
     check_derivative,
     densify,
     DERIVATIVES,
+    filled,
     lora,
     scalar,
     TRANSFORMS,
@@ -285,7 +286,7 @@ _OTHER = [t for t in TRANSFORMS if "weights" not in t and t not in _QUICK]
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers(layer, nestings):
     make, shape, options, call = LAYERS[layer]
-    model = adapted(make(jr.key(0)), **options)
+    model = filled(lambda key: adapted(make(key), **options), jr.key(0))
     params, static = eqx.partition(model, eqx.is_array)
     program = lambda params, x: call(eqx.combine(params, static), x)
     cases = {}
@@ -306,7 +307,7 @@ def test_layers(layer, nestings):
 @pytest.mark.parametrize("layer", [n for n in LAYERS if n not in ("MLP", "Sequential")])
 def test_derivatives_of_layers(layer, derivative):
     make, shape, options, call = LAYERS[layer]
-    model = adapted(make(jr.key(0)), **options)
+    model = filled(lambda key: adapted(make(key), **options), jr.key(0))
     check_derivative(DERIVATIVES[derivative], call, (model, x(*shape)))
 
 

@@ -46,7 +46,17 @@ def test_programs(program, kind, transform):
     check(transform.ours(f), transform.plain(f), args)
 
 
-def test_a_sum_of_arrays_whose_rows_are_others():
-    w, v = lora((6, 5, 8), rows=2, rank=1), lora((6, 5, 8), cols=2, rank=1, seed=5)
+SUMS = {
+    "columns": dict(cols=2),
+    "rows, and a batch": dict(rows=1),
+}
+
+
+@pytest.mark.parametrize("other", SUMS)
+def test_a_sum_of_arrays_whose_rows_are_others(other):
+    w, v = (
+        lora((6, 5, 8), rows=2, rank=1),
+        lora((6, 5, 8), rank=1, seed=5, **SUMS[other]),
+    )
     f = lambda w, v, x: jnp.einsum("abc,c->ab", w + v, x)
     check(TRANSFORMS["Q(f)"].ours(f), f, (w, v, x(8)))

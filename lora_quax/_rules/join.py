@@ -39,20 +39,26 @@ def _unscaled(d: LowRankArray) -> LowRankArray:
     return replace(d, b=b, alpha=float(d.rank))
 
 
+def _size(deltas: Sequence[LowRankArray]) -> int:
+    return sum(d.a.size + d.b.size for d in deltas)
+
+
 def _alike(deltas: Sequence[LowRankArray], operation: str) -> list[LowRankArray]:
     """Arrays of one shape, with the same axes as rows and columns, and one scaling."""
-    first, error = deltas[0], None
-    for like in deltas:  # One may be brought into the form of another, and not back.
+    found, error = [], None
+    # One may be brought into the form of another, and not back.
+    for form in dict.fromkeys(tuple(groups(d)) for d in deltas):
         try:
-            deltas = [in_groups(d, groups(like), operation) for d in deltas]
-            break
+            found.append([in_groups(d, form, operation) for d in deltas])
         except NotLazy as why:
             error = why
-    else:
+    if not found:
         raise NotLazy(
             "the arrays differ in which axes are rows and which are columns, and "
             f"{error}"
         )
+    deltas = min(found, key=_size)
+    first = deltas[0]
     if any(d.scaling != first.scaling for d in deltas):
         deltas = [_unscaled(d) for d in deltas]
     return list(deltas)
@@ -79,8 +85,7 @@ def low_rank_sum(deltas: Sequence[LowRankArray], operation: str) -> LowRankArray
     first = deltas[0]
     if len(deltas) == 1:
         return first
-    size = sum(d.a.size + d.b.size for d in deltas)
-    refuse_growth(size, given, math.prod(first.shape), operation)
+    refuse_growth(_size(deltas), given, math.prod(first.shape), operation)
     a = jnp.concatenate([d.a for d in deltas], first.n_batch)
     b = jnp.concatenate([d.b for d in deltas], -1)
     rank = sum(d.rank for d in deltas)

@@ -159,12 +159,19 @@ def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
         Σ_r b[x, o, r] a[r, i] = Σ_{y,r} b[y, o, r] · δ[x, y] a[r, i],
 
     with the pair (y, r) as the new rank: the factor that loses the axis has it in the
-    rank, and the other one, which had it or gains it, in a block diagonal.
+    rank, and the other one, which had it or gains it, in a block diagonal. An axis of
+    rows or of columns that is one of batch from now on is in both factors, of which the
+    one that lacked it is the same all along it.
     """
     a_labels, b_labels, _ = w.labels
     factors = {COL: (w.a, a_labels), ROW: (w.b, b_labels)}
     for axis, (old, new) in enumerate(zip(groups(w), target)):
-        if old != new:
+        if old != new == BATCH:
+            lacking = ROW if old == COL else COL
+            factor, labels = factors[lacking]
+            factor = jnp.broadcast_to(factor, (w.shape[axis], *factor.shape))
+            factors[lacking] = factor, [axis, *labels]
+        elif old != new:
             other = ROW if new == COL else COL
             lost = lose(*factors[other], axis)
             spread = _spread(*factors[new], axis, w.shape[axis])

@@ -116,13 +116,22 @@ def step_of_scan(x):
     an axis of batch is lost by both factors.
     """
     if isinstance(x, LoraArray):
-        base, delta = step_of_scan(x.base), step_of_scan(x.delta)
+        base, delta = step_of_scan(x.base), _step_of_update(x.delta)
         if isinstance(delta, LowRankArray):
             return replace(x, base=base, delta=delta)
         return add(replace(x, base=base).frozen_base(), delta)
     if isinstance(x, ScaledArray):
         return replace(x, base=step_of_scan(x.base))
-    if isinstance(x, LowRankArray) and x.b.ndim - x.rows < x.a.ndim - x.cols:
-        row = replace(x, rows=x.rows - 1)
-        return row if row.rows else row.product()
+    if isinstance(x, LowRankArray):
+        step = _step_of_update(x)
+        dtype = jnp.promote_types(x.a.dtype, x.b.dtype)
+        return step if isinstance(step, LowRankArray) else step.astype(dtype)
     return x
+
+
+def _step_of_update(x: LowRankArray):
+    """One slice of an update. A row is dense, and as wide as it was computed."""
+    if x.b.ndim - x.rows == x.a.ndim - x.cols:
+        return x
+    row = replace(x, rows=x.rows - 1)
+    return row if row.rows else row.product()

@@ -1,8 +1,9 @@
 """Lookup: `gather` and `dynamic_slice`, so `w[ids]`, `w[i]`, `jnp.take`, `.at[].get`.
 
 A lookup acts on each factor that holds an axis it cuts. Of whole matrices (stacked
-layers, experts) the result is still a low-rank weight. Of rows or columns (an
-embedding) it is an activation, which what follows will use densely, and is summed.
+layers, experts) the result is still a low-rank weight, and so is one slice of any kind.
+Of many rows or columns (an embedding) it is an activation, which what follows will use
+densely, and is summed.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from jax import lax
 from .._arrays.base import replace
 from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.thin_dot import arrange, contract
-from .layout import BATCH, COL, contain, groups, on_factors, ROW
+from .layout import BATCH, COL, contain, groups, on_factors, ROW, squeeze
 from .register import linear, NotLazy
 
 
@@ -43,6 +44,8 @@ def gather(
     """
     del fill_value  # Out of bounds, the base gives it, and the update zero.
     numbers = dimension_numbers
+    if indices.ndim == 1 and not fills(params):
+        return _slice_at(w, indices, numbers, slice_sizes)
     dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     dropped = {*map(int, dropped)}  # Some of them are NumPy's.
     cut = dropped | {i for i, n in enumerate(w.shape) if slice_sizes[i] != n}
@@ -71,6 +74,15 @@ def gather(
     b, a = scaled(b, a, w.scaling)
     out, out_labels = contract(b, b_labels, a, a_labels, keep=labels)
     return arrange(out, out_labels, labels)
+
+
+def _slice_at(w: LowRankArray, index, numbers, slice_sizes):
+    """The lookup at one index, as a `dynamic_slice` under `vmap` becomes."""
+    starts = [jnp.zeros((), index.dtype)] * w.ndim
+    for k, axis in enumerate(numbers.start_index_map):
+        starts[axis] = index[k]
+    out = dynamic_slice(w, *starts, slice_sizes=slice_sizes)
+    return squeeze(out, dimensions=tuple(map(int, numbers.collapsed_slice_dims)))
 
 
 def result_labels(ndim: int, indices, numbers) -> list:

@@ -85,8 +85,10 @@ def _epsilon(dtypes) -> float:
 
 
 def _compare(ours, plain, args, derivative, epsilon):
+    wide = jtu.tree_map(_widen, args)
     try:
         expected_types = jax.eval_shape(plain, *args)
+        jax.eval_shape(plain, *wide)
     except Exception as error:
         raise NotAProgram(str(error)) from error
     counts = [_counts(x.shape) for x in jtu.tree_leaves(expected_types)]
@@ -99,7 +101,6 @@ def _compare(ours, plain, args, derivative, epsilon):
             _numbers(plain, wide, derivative, counts),
         )
 
-    wide = jtu.tree_map(_widen, args)
     (out, types), (expected, _) = both(args, wide)
     if derivative == "grad":
         assert _types(types) == _types(expected_types), "the result has other types"

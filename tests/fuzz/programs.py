@@ -60,12 +60,12 @@ def programs(draw, kind: str | None = None):
     flow = d.one(list(table)) if not whole else "none"
     expression = (FLOWS | ONLY_FORWARD)[flow]
     weight = d.arguments["w"]
+    # Every argument but the first is stacked by a `vmap`, and by some that one too.
+    unstacked = weight.kind in UNSTACKED
+    second = sum(isinstance(x, Weight) for x in d.arguments.values()) > 1
+    stacks = lambda name: "weights" in name or (second and "vmap" in name)
     transform = d.one(
-        [
-            name
-            for name in ["Q(f)", *TRANSFORMS]
-            if "weights" not in name or weight.kind not in UNSTACKED
-        ]
+        [n for n in ["Q(f)", *TRANSFORMS] if not (unstacked and stacks(n))]
     )
     if (only_forward or whole) and "grad" in transform:
         transform = "Q(f)"
@@ -94,7 +94,8 @@ def programs(draw, kind: str | None = None):
         options["derivative"] = derivative
     if d.casts:
         options["casts"] = d.casts
-    looked_up = d.looked_up * (1 + (flow in DOUBLES)) * (1 + ("weights" in transform))
+    # A `vmap` doubles what is looked up: at a branch by input, even that of one weight.
+    looked_up = d.looked_up * (1 + (flow in DOUBLES)) * (1 + ("vmap" in transform))
     adjoint = flow in ADJOINTS or "grad" in transform
     if adjoint or looked_up >= math.prod(weight.shape):
         options["formed_nothing"] = False

@@ -69,7 +69,7 @@ def ragged_dot(d: Draft):
         reject()
     sizes = [d.integer(0, 2) for _ in range(d.shape[0])]
     x = d.input((max(1, sum(sizes)), d.shape[1]))
-    return f"lax.ragged_dot({x}, w, jnp.array({sizes}))"
+    return f"lax.ragged_dot({x}.astype(w.dtype), w, jnp.array({sizes}))"
 
 
 # Convolutions.
@@ -110,8 +110,9 @@ def conv(d: Draft):
     )
     x = d.input(x_shape)
     written = ", ".join(f"{name}={value}" for name, value in options.items())
+    # The weight may have been cast, and of a convolution both are of one dtype.
     return (
-        f"lax.conv_general_dilated({x}, w, {written}, "
+        f"lax.conv_general_dilated({x}.astype(w.dtype), w, {written}, "
         f"dimension_numbers=lax.ConvDimensionNumbers{numbers})"
     )
 
