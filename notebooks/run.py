@@ -1,9 +1,11 @@
 """Executes the notebooks in this folder afresh and shows what each one closes with.
 
 `python notebooks/run.py` leaves the files alone; `--save` writes the new outputs back.
+Progress is shown on a terminal, and neither in a log nor in what is saved.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -44,6 +46,7 @@ def run(path: Path, save: bool) -> str:
         resources={"metadata": {"path": str(path.parent)}},
         coalesce_streams=True,
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
     ).execute()
     if save:
         # Which interpreter ran it is no part of the notebook.
@@ -57,6 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true", help="write the outputs back")
     save = parser.parse_args().save
+    if save or not sys.stdout.isatty():
+        # tqdm reads it, in the kernel as well.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     for path in sorted(HERE.glob("*.ipynb")):
         print(f"Running {path.name}", flush=True)
         print(f"\n{run(path, save)}", flush=True)
