@@ -300,4 +300,8 @@ FLOW = (call, branch, loop, loop_over)
 
 def step(d: Draft):
     table = d.one([LAYOUTS, LAYOUTS, LAYOUTS, SCALES, JOINS, FLOW])
+    before = d.shape
     d.let("w", d.one(table)(d))
+    # What has lost an axis may be one row of each matrix, and dense.
+    if len(d.shape) < len(before) and math.prod(d.shape) < math.prod(before):
+        d.looked_up = max(d.looked_up, math.prod(d.shape))
