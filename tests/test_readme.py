@@ -94,7 +94,7 @@ def test_quaxify_does_not_see_into_a_closure():
     assert jax.vmap(quax.quaxify(linear))(x).shape == (4, 2)
     with pytest.warns(UserWarning, match="JAX-transformed"):
         hidden = quax.quaxify(jax.vmap(linear))
-    with pytest.raises(TypeError, match="LoraArray"):
+    with pytest.raises(RuntimeError, match=r"LoraArray outside of `quax\.quaxify`"):
         hidden(x)
 
 
