@@ -42,8 +42,8 @@ else:
 
 
 def on_binding(kind: type, handler) -> None:
-    """Has `handler(x)` run when a primitive is given an `x` of this type, which is none
-    that JAX knows. What it raises, unless it is a `TypeError`, is what the user sees."""
+    """Has `handler(x)` run when a primitive is given an `x` of a type that JAX does not
+    know. What it raises is what the user sees, unless it is a `TypeError`."""
     handlers = getattr(xla, "canonicalize_dtype_handlers", None)
     if handlers is not None:  # Without them JAX says in its own words what is wrong.
         handlers[kind] = handler

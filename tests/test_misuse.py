@@ -60,7 +60,6 @@ OPERATORS: dict[str, Callable] = {
     "w[i]": lambda w: w[I],
     "w[:, 1]": lambda w: w[:, 1],
     "format": lambda w: f"{w:.2f}",
-    "per cent": lambda w: "%f" % w,
 }
 ATTRIBUTES = (
     "T mT at real sum mean max astype reshape transpose item tolist copy flatten"
@@ -227,7 +226,7 @@ def _ipython(w) -> str:
 
 
 RIGHT: dict[str, Callable] = {
-    "repr": lambda w: repr(w) == str(w) == f"{w}" == "{}".format(w),
+    "repr": lambda w: repr(w) == str(w) == f"{w}",
     "repr of a model": lambda w: "LoraArray(" in repr({"w": w}),
     "print in a notebook": lambda w: _ipython(w) == repr(w),
     "eqx.tree_pformat": lambda w: eqx.tree_pformat(w) == repr(w),

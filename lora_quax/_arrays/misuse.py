@@ -40,8 +40,8 @@ class Unquaxified:
 def _message(x: Any, what: str) -> str:
     # Its type alone: the shape of a partitioned array is not known.
     return (
-        f"{what} a {type(x).__name__} outside of `quax.quaxify`. It is a weight and its "
-        "update, unsummed, and only a program that is quaxified computes with it:\n"
+        f"{what} a {type(x).__name__} outside of `quax.quaxify`. It is a weight and "
+        "its update, unsummed; only a program that is quaxified computes with it:\n"
         "    quax.quaxify(model)(x)              # instead of model(x)\n"
         "    jax.vmap(quax.quaxify(model))(x)    # instead of jax.vmap(model)(x)\n"
         "What is quaxified must be the model, or take the model as an argument. Quax "
@@ -148,8 +148,8 @@ def _missing(x: Any, name: str, caller: str) -> Any:
         raise AttributeError(_message(x, f"`.{name}` was asked of"))
     if name in _OF_LEAVES:
         raise AttributeError(
-            f"A {type(x).__name__} is made of several arrays and has no `{name}` of its "
-            "own. `jax.tree.leaves` gives them; `jax.block_until_ready`, "
+            f"A {type(x).__name__} is made of several arrays and has no `{name}` of "
+            "its own. `jax.tree.leaves` gives them; `jax.block_until_ready`, "
             "`jax.device_put` and the like take it as it is."
         )
     return object.__getattribute__(x, name)  # Raises what Python would have.
