@@ -191,6 +191,7 @@ BAD = {
     "rank bool": (dict(rank=True), ValueError, "got True"),
     "alpha string": (dict(alpha="8"), TypeError, "`alpha` must be a number"),
     "alpha too large": (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
+    "alpha zero": (dict(alpha=0.0), ValueError, "`alpha` is 0, .* would train"),
     "alpha complex": (dict(alpha=1j), TypeError, "`alpha` must be a number"),
     "ranks": (dict(rank=np.array([1, 2])), ValueError, "`rank` must be a positive"),
     "factors of 8 bits": (

@@ -327,6 +327,7 @@ BAD = [
     ),
     (dict(dtype=jnp.float8_e4m3fn), TypeError, "of 16 bits or more, got float8_e4m3fn"),
     (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
+    (dict(alpha=0), ValueError, "`alpha` is 0, .* nothing would train"),
     (dict(alpha=np.array([1.0])), TypeError, "`alpha` must be a number"),
     (
         dict(key=jax.eval_shape(lambda: jr.key(0))),

@@ -51,8 +51,20 @@ def check_number(name: str, x) -> float:
     return out
 
 
-def check_alpha(alpha, rank: int) -> float:
+def read_alpha(alpha, rank: int) -> float:
+    """That of an update that is known, which may be switched off by a zero."""
     return float(rank) if alpha is None else check_number("alpha", alpha)
+
+
+def check_alpha(alpha, rank: int) -> float:
+    """That of an update to be trained."""
+    out = read_alpha(alpha, rank)
+    if out == 0:
+        raise ValueError(
+            "`alpha` is 0, and so would be the update, alpha / rank · b · a, whatever "
+            "it learnt: nothing would train. Without `alpha` the scaling is 1."
+        )
+    return out
 
 
 def check_factor_dtype(dtype) -> np.dtype:

@@ -108,6 +108,7 @@ def loraify(
     - `key`: for the initialisers. What a weight gets depends on the key and its path
         alone, so that adapting fewer or more of the others changes nothing.
     - `alpha`: the updates are scaled by `alpha / rank`; defaults to the rank of each.
+        Not zero.
     - `targets`: which weights: a target, a list of targets or of pairs `(target,
         spec)`, or a mapping from target to spec. Where several mean a weight, the last
         decides. By default every `eqx.nn.Linear`, `eqx.nn.Conv` and
