@@ -296,6 +296,13 @@ def test_errors(transform):
         transform(loss)(model=build(), x=X, y=Y)
 
 
+@pytest.mark.parametrize("use", [filter_grad(loss), eqx.filter_grad(loss), loss])
+def test_a_part_of_a_model_is_not_called(use):
+    params, _ = partition(build())
+    with pytest.raises(ValueError, match="partitioned.*`equinox.combine"):
+        use(params, X, Y)
+
+
 def _cast(tree, dtype=jnp.bfloat16):
     cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
     return jax.tree.map(cast, tree)

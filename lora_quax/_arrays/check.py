@@ -13,7 +13,16 @@ from jax.core import ShapedArray, Tracer
 
 
 def aval_of(x) -> Any:
-    """The type of an array, of a value, or of an abstract stand-in for one."""
+    """The type of an array, of a value, or of an abstract stand-in for one.
+
+    **Raises:** `ValueError` for a part of an adapted array that has been taken out.
+    """
+    if x is None:
+        raise ValueError(
+            "An adapted weight has None for one of its parts: the model has been "
+            "partitioned or filtered. Put the parts together before it is used: "
+            "`equinox.combine(params, frozen)`."
+        )
     if isinstance(x, quax.ArrayValue):
         return type(x).aval(x)
     if isinstance(x, jax.ShapeDtypeStruct):

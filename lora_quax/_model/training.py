@@ -85,10 +85,11 @@ def partition(model: PyTree) -> tuple[PyTree, PyTree]:
     **Raises:** `ValueError` if nothing in the model trains. Warns of factors of 16
     bits beside a base of 16 bits, as a cast of the adapted model leaves them.
     """
-    return _partition(model, stacklevel=3)
+    return _partition(model)
 
 
-def _partition(model: PyTree, stacklevel: int) -> tuple[PyTree, PyTree]:
+def _partition(model: PyTree) -> tuple[PyTree, PyTree]:
+    """As `partition`; called by it and by what the user calls in its place."""
     spec = trainable(model)
     if not any(jax.tree.leaves(spec)):
         raise ValueError(
@@ -104,7 +105,7 @@ def _partition(model: PyTree, stacklevel: int) -> tuple[PyTree, PyTree]:
             "lost. `loraify` makes them float32, beside a base of 16 bits too. If the "
             "adapted model was cast, cast the model first and adapt it then. If its "
             "`dtype` said so, this warning can be filtered by its beginning.",
-            stacklevel=stacklevel + 1,
+            stacklevel=3,
         )
     return eqx.partition(model, spec)
 
@@ -205,6 +206,6 @@ def _differentiate(transform, fun, has_aux: bool, gradkwargs) -> Callable:
                 "differentiated, must be given by position."
             )
         model, *args = args
-        return differentiated(*_partition(model, stacklevel=3), *args, **kwargs)
+        return differentiated(*_partition(model), *args, **kwargs)
 
     return wrapper
