@@ -184,3 +184,14 @@ def test_nonsense_for_a_state(path, state):
     changed(path, lambda about: about.update(state=state))
     with pytest.raises(AdapterError, match="its description cannot be read"):
         load_adapter(path, mlp())
+
+
+def test_a_plan_has_none(tmp_path):
+    """As `convert` writes a file, with the layers that the adapter names alone."""
+    abstract = eqx.filter_eval_shape(mlp)
+    factors = adapted(mlp())
+    where = lambda m: [layer.weight.base for layer in m.layers]
+    skeleton = eqx.tree_at(where, factors, [l.weight for l in abstract.layers])
+    skeleton = eqx.tree_at(lambda m: [l.bias for l in m.layers], skeleton, [None] * 2)
+    save_adapter(tmp_path / "x", skeleton)
+    load_adapter(tmp_path / "x", mlp(), same_base=True)

@@ -4,12 +4,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import pytest
 import quax
+import safetensors.numpy
 from files import bits
 from helpers import adapted
 
 from lora_quax import AdapterError, load_adapter, save_adapter
+from lora_quax.__main__ import main
 
 
 class Norms(eqx.Module):
@@ -119,3 +122,17 @@ def test_a_file_without_state(tmp_path):
     assert load_adapter(tmp_path / "x", {"first": linear}, state=state)[1] is not None
     with pytest.raises(ValueError, match="of another"):
         load_adapter(tmp_path / "x", {"first": linear}, state=trained()[-1])
+
+
+def test_it_is_not_lost_on_the_command_line(tmp_path, capsys):
+    _, _, model, later = trained()
+    save_adapter(tmp_path / "x", model, state=later)
+    safetensors.numpy.save_file({"first.weight": np.ones((4, 3))}, tmp_path / "base")
+    assert main(["inspect", str(tmp_path / "x")]) == 0
+    assert "norms" not in capsys.readouterr().out
+    for command in ("convert x new", "merge base x new"):
+        name, *paths = command.split()
+        assert main([name, *(str(tmp_path / path) for path in paths)]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "has the state of a model as well, with `norms.0." in said
+    assert not (tmp_path / "new").exists()

@@ -38,7 +38,7 @@ from .files import (
     write_tensors,
     written_whole,
 )
-from .fingerprint import check_base, fingerprint
+from .fingerprint import check_base, recorded
 from .state import check_state, state_leaves, state_names
 from .version_1 import upgraded
 
@@ -216,7 +216,7 @@ def extract(model: PyTree, state: eqx.nn.State | None = None) -> Adapter:
         leaf.path: {**describe(leaf.value), "layer": describe_layer(leaf)}
         for leaf in adapted
     }
-    return Adapter(weights, tensors, VERSION, kept, fingerprint(model))
+    return Adapter(weights, tensors, VERSION, kept, recorded(model))
 
 
 def written(model: PyTree) -> tuple[PyTree, PyTree]:

@@ -44,6 +44,12 @@ def fingerprint(model: PyTree) -> dict[str, str]:
     }
 
 
+def recorded(model: PyTree) -> dict[str, str] | None:
+    """The fingerprint for a file; none of a model that is a plan, without numbers."""
+    found = fingerprint(model)
+    return found if any(not x.endswith(_UNKNOWN) for x in found.values()) else None
+
+
 def check_base(path, before: Any, model: PyTree, same: bool) -> None:
     """Warns if a model is not what a fingerprint is of; a file may have none.
 
