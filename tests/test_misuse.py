@@ -284,7 +284,9 @@ def test_right_uses(use):
 
 
 def test_the_page_that_is_named_is_there():
-    page = (Path(__file__).parents[1] / "docs/errors.md").read_text()
-    with pytest.raises(UnquaxifiedError, match="docs/errors.md.*'Outside of quaxify'"):
+    page = (Path(__file__).parents[1] / "docs/mistakes.md").read_text()
+    with pytest.raises(
+        UnquaxifiedError, match="docs/mistakes.md.*'Outside of quaxify'"
+    ):
         len(ARRAYS["LoraArray"])
     assert "\n## Outside of quaxify\n" in page

@@ -1,5 +1,7 @@
 """What a model learns beside its weights, in an `eqx.nn.State`, is not lost."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ class Norms(eqx.Module):
     spectral: eqx.nn.SpectralNorm
     seen: eqx.nn.StateIndex
 
-    def __init__(self, mode="batch", *, key=jr.key(0)):
+    def __init__(self, mode: Any = "batch", *, key=jr.key(0)):
         self.first = eqx.nn.Linear(3, 4, key=key)
         self.norms = [eqx.nn.BatchNorm(4, "batch", mode=mode) for _ in range(2)]
         last = eqx.nn.Linear(4, 2, key=key)
@@ -39,8 +41,8 @@ class Norms(eqx.Module):
 
 @eqx.filter_jit
 def run(model, x, state):
-    axes = dict(axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    return jax.vmap(quax.quaxify(model), **axes)(x, state)
+    each, both = quax.quaxify(model), (0, None)
+    return jax.vmap(each, both, both, axis_name="batch")(x, state)
 
 
 def trained(mode="batch"):

@@ -47,7 +47,7 @@ def _message(x: Any, what: str) -> str:
         "What is quaxified must be the model, or take the model as an argument. Quax "
         "does not see into a closure, so `quaxify(jax.vmap(model))` fails as well. "
         "`lora_quax.merge(model)` gives a plain model, which needs no Quax.\n"
-        "More of this is in docs/errors.md, under 'Outside of quaxify'."
+        "More of this is in docs/mistakes.md, under 'Outside of quaxify'."
     )
 
 

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .._arrays.base import BASE, roles
@@ -112,8 +113,9 @@ def _shape(described: str) -> str:
 def _digests(x) -> str:
     parts = jax.tree.leaves(origin(x))
     known = all(name == BASE for name in jax.tree.leaves(origin(roles(x))))
-    samples = [_sampled(part) for part in parts] if known else [None]
-    if any(sample is None for sample in samples):
+    found = [_sampled(part) for part in parts] if known else []
+    samples = [sample for sample in found if sample is not None]
+    if not samples or len(samples) < len(parts):
         return f"{_UNKNOWN} {_UNKNOWN}"
     return f"{_digest(samples)} {_digest(map(_rounded, samples))}"
 
@@ -138,7 +140,7 @@ def _sampled(x) -> np.ndarray | None:
     at = np.unravel_index(flat, x.shape) if size and x.shape else ()
     if isinstance(x, np.ndarray):
         return np.asarray(x[at])
-    if not isinstance(x, jax.Array) or isinstance(x, jax.core.Tracer):
+    if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
     if x.is_deleted() or not x.is_fully_addressable:
         return None

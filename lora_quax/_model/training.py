@@ -56,7 +56,9 @@ def trainable(model: PyTree) -> PyTree:
 
     Weight decay reaches whatever an optimiser is given, be its gradient zero or not. If
     the whole model is given to it, as in a loop that knows nothing of LoRA, this is the
-    mask that keeps the frozen weights as they are:
+    mask that keeps the frozen weights as they are. It masks the decay alone: of an
+    optimiser that moves what has no gradient by other means, such as noise, `partition`
+    keeps them.
 
     ```python
     optim = optax.adamw(1e-4, mask=lora_quax.trainable)
@@ -116,7 +118,8 @@ def _narrow(model: PyTree) -> list[tuple[str, str]]:
     found = []
     for keys, x in leaves:
         base = base_of(x) if is_adapted(x) else None
-        if getattr(base, "dtype", None) is None or jnp.dtype(base.dtype).itemsize > 2:
+        dtype = getattr(base, "dtype", None)
+        if dtype is None or jnp.dtype(dtype).itemsize > 2:
             continue
         # What has no role but "full" trains in the type of the base, as it would alone.
         types = [
