@@ -10,6 +10,7 @@ from ._arrays.base import (
 from ._arrays.full import FullArray as FullArray
 from ._arrays.lora import LoraArray as LoraArray
 from ._arrays.low_rank import LowRankArray as LowRankArray
+from ._arrays.misuse import UnquaxifiedError as UnquaxifiedError
 from ._arrays.scaled import ScaledArray as ScaledArray
 from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_adapter
 from ._disk.files import AdapterError as AdapterError
@@ -38,6 +39,7 @@ __all__ = [
     "LowRankArray",
     "MaterialiseError",
     "ScaledArray",
+    "UnquaxifiedError",
     "filter_grad",
     "filter_value_and_grad",
     "init",

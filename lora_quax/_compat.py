@@ -29,6 +29,7 @@ from jax._src.lax.lax import ragged_dot_general_p as ragged_dot_general_p
 from jax._src.lax.parallel import psum_invariant_p as psum_invariant_p
 from jax._src.pjit import reshard_p as reshard_p
 from jax.core import ShapedArray
+from jax.interpreters import xla
 from jax.sharding import PartitionSpec
 
 
@@ -38,6 +39,14 @@ else:
     from jax._src import tree_util as _tree_util
 
     flat_tree = getattr(_tree_util, "FlatTree").flatten
+
+
+def on_binding(kind: type, handler) -> None:
+    """Has `handler(x)` run when a primitive is given an `x` of a type that JAX does not
+    know. What it raises is what the user sees, unless it is a `TypeError`."""
+    handlers = getattr(xla, "canonicalize_dtype_handlers", None)
+    if handlers is not None:  # Without them JAX says in its own words what is wrong.
+        handlers[kind] = handler
 
 
 # One that does what a jaxpr says came with JAX 0.12.

@@ -347,6 +347,7 @@ DTYPES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The factors of:UserWarning")
 @pytest.mark.parametrize("base_dtype,dtype", DTYPES)
 def test_dtypes(base_dtype, dtype, tmp_path, x64):
     def make(key):
@@ -370,7 +371,11 @@ def test_numbers_that_are_not_finite_are_kept(tmp_path):
     base, model, _ = models_of("mlp")
     b = jnp.asarray(np.array([odd, odd], np.float32).T)
     model = eqx.tree_at(lambda m: m.layers[0].weight.delta.b, model, b)
-    save_adapter(tmp_path / "x", model)
+    match = r"`layers\.0\.weight\.delta\.b` have infinities or NaNs.*check_finite=False"
+    with pytest.raises(ValueError, match=match):
+        save_adapter(tmp_path / "x", model)
+    assert not list(tmp_path.iterdir())
+    save_adapter(tmp_path / "x", model, check_finite=False)
     assert bits(load_adapter(tmp_path / "x", base)) == bits(model)
 
 

@@ -191,6 +191,7 @@ BAD = {
     "rank bool": (dict(rank=True), ValueError, "got True"),
     "alpha string": (dict(alpha="8"), TypeError, "`alpha` must be a number"),
     "alpha too large": (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
+    "alpha zero": (dict(alpha=0.0), ValueError, "`alpha` is 0, .* would train"),
     "alpha complex": (dict(alpha=1j), TypeError, "`alpha` must be a number"),
     "ranks": (dict(rank=np.array([1, 2])), ValueError, "`rank` must be a positive"),
     "factors of 8 bits": (
@@ -315,3 +316,9 @@ def test_a_factor_of_a_shape_that_would_broadcast(factor, shape):
     for run in merge, lambda w: quax.quaxify(lambda w, x: w @ x)(w, jnp.ones(3)):
         with pytest.raises((TypeError, ValueError), match="shape"):
             run(weight)
+
+
+def test_an_update_that_is_known_may_be_switched_off():
+    factors = jnp.ones((2, 3)), jnp.ones((5, 2))
+    w = LoraArray.from_parts(jnp.ones((5, 3)), LowRankArray(*factors, alpha=0))
+    assert w.scaling == 0 and jnp.array_equal(w.dense(), w.base)

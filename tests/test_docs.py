@@ -197,7 +197,7 @@ def test_quaxify_does_not_see_into_a_closure():
     assert jax.vmap(quax.quaxify(linear))(x).shape == (4, 2)
     with pytest.warns(UserWarning, match="JAX-transformed"):
         hidden = quax.quaxify(jax.vmap(linear))
-    with pytest.raises(TypeError, match="LoraArray"):
+    with pytest.raises(RuntimeError, match=r"LoraArray outside of `quax\.quaxify`"):
         hidden(x)
 
 
@@ -273,6 +273,7 @@ def _load_model(path: Path):
 
 
 ERRORS = {
+    "It is a weight and its update, unsummed": lambda _: _loraify(_mlp())(jnp.ones(3)),
     "needs the dense weight": lambda _: quax.quaxify(lambda w: jnp.sort(w))(
         lora((3, 3))
     ),

@@ -327,6 +327,7 @@ BAD = [
     ),
     (dict(dtype=jnp.float8_e4m3fn), TypeError, "of 16 bits or more, got float8_e4m3fn"),
     (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
+    (dict(alpha=0), ValueError, "`alpha` is 0, .* nothing would train"),
     (dict(alpha=np.array([1.0])), TypeError, "`alpha` must be a number"),
     (
         dict(key=jax.eval_shape(lambda: jr.key(0))),
@@ -443,3 +444,45 @@ def test_kernels_of_other_libraries(x64):
     assert jnp.allclose(got, want)
     for w, (b, a) in zip(grads, wanted):
         assert jnp.allclose(w.delta.b, b) and jnp.allclose(w.delta.a, a)
+
+
+HABITS = [
+    (dict(r=8), "`r` is `rank` here"),
+    (dict(lora_alpha=16), "`lora_alpha` is `alpha` here"),
+    (dict(target_modules=["layers"]), "`target_modules` is `targets` here"),
+    (dict(lora_dropout=0.1), "`lora_dropout` is not here"),
+    (dict(modules_to_save=["head"]), r'"lm_head": "full"'),
+    (dict(bias="all"), r'"bias": "full"'),
+    (dict(use_rslora=True), r"alpha=lora_alpha \* rank\*\*0\.5"),
+    (dict(r=8, lora_alpha=16), r"(?s)`r` is `rank`.*\n`lora_alpha` is `alpha`"),
+    (dict(task_type="CAUSAL_LM"), "`task_type` has no meaning here"),
+]
+
+
+@pytest.mark.parametrize("given, match", HABITS)
+def test_arguments_of_peft_are_answered(given, match):
+    with pytest.raises(TypeError, match=match):
+        loraify(mlp(), key=jr.key(0), **given)  # pyright: ignore
+    with pytest.raises(TypeError, match=match):
+        Adapt(**given)
+
+
+def test_other_arguments_are_unexpected():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alhpa'"):
+        loraify(mlp(), 2, jr.key(0), alhpa=1)  # pyright: ignore
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alhpa'"):
+        Adapt(alhpa=1)  # pyright: ignore
+
+
+def test_all_linear():
+    model = {"conv": conv(), "mlp": mlp()}
+    want = loraify(model, 2, jr.key(1), targets=eqx.nn.Linear)
+    for targets in ("all-linear", ["all-linear"], {"all-linear": 2}):
+        assert eqx.tree_equal(loraify(model, 2, jr.key(1), targets=targets), want)
+    but = ["all-linear", ("layers.2", "freeze")]
+    assert list(adapted(loraify(mlp(), 2, jr.key(1), targets=but))) == [
+        "layers.0.weight",
+        "layers.1.weight",
+    ]
+    with pytest.raises(ValueError, match="'all-linear' of `targets` matched nothing"):
+        loraify(conv(), 2, jr.key(1), targets="all-linear")

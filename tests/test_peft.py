@@ -125,7 +125,7 @@ layers = st.builds(
     Layer,
     kinds,
     st.none() | st.integers(1, 5),
-    st.floats(-1e3, 1e3, width=32),
+    st.floats(-1e3, 1e3, width=32).filter(bool),
     st.none() | st.integers(1, 3),
 )
 # A dot parts segments, and braces stand for one.

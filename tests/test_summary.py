@@ -8,6 +8,7 @@ import pytest
 
 from lora_quax import LoraArray, LowRankArray
 from lora_quax._model.loraify import loraify
+from lora_quax._model.repeats import group
 from lora_quax._model.summary import summary
 from lora_quax._model.targets import Adapt
 from lora_quax._model.training import partition
@@ -118,6 +119,60 @@ def test_plain_and_abstract_models():
     assert summary(model).rows == () and summary(model).share == 0
     assert summary(None).share == 0
     assert summary(eqx.filter_eval_shape(lambda: lora)) == summary(lora)
+
+
+def test_a_plain_model_says_that_nothing_is_adapted():
+    model, lora = build()
+    said = "Nothing is adapted: `loraify` returns the adapted model."
+    assert str(summary(model)).splitlines()[-1].strip() == said
+    assert said not in str(summary(lora))
+
+
+class Block(eqx.Module):
+    q: eqx.nn.Linear
+    experts: list[eqx.nn.Linear]
+
+    def __init__(self, key):
+        self.q = eqx.nn.Linear(8, 8, key=key)
+        self.experts = [eqx.nn.Linear(8, 4, key=key) for _ in range(3)]
+
+
+def test_what_repeats_is_one_line():
+    model = {"blocks": [Block(jr.key(i)) for i in range(32)], "head": Block(jr.key(0))}
+    targets = {eqx.nn.Linear: True, "blocks.7.q": 4, "blocks.9.experts.1": "freeze"}
+    lora = loraify(model, 2, jr.key(1), targets=targets)
+    table = summary(lora)
+    lines = str(table).splitlines()
+    paths = [line.split()[0] for line in lines[2:-3]]
+    assert paths == [
+        "blocks.{0..6,8..31}.q.weight",
+        "blocks.{0..8,10..31}.experts.{0..2}.weight",
+        "blocks.7.q.weight",
+        "blocks.9.experts.{0,2}.weight",
+        "head.q.weight",
+        "head.experts.{0..2}.weight",
+    ]
+    assert lines[2].split() == [paths[0], "(8,", "8)", "2", "1", "992", "1,984"]
+    counts = [line.replace(",", "").split()[-2:] for line in lines[2:-2]]
+    columns = [sum(map(int, column)) for column in zip(*counts)]
+    assert columns == [table.trainable, table.frozen]
+
+    every = summary(lora, grouped=False)
+    assert every.rows == table.rows and len(every.rows) == 33 * 4 - 1
+    assert len(str(every).splitlines()) == len(every.rows) + 5
+
+
+def test_grouping():
+    paths = "a.0.b a.1.b a.3.b 0 1 a.2.b.0 a.2.b.1 a.5.b.1 a.00.b x.y x.y".split()
+    assert [g.path for g in group((path, None) for path in paths)] == [
+        "a.{0,1,3}.b",
+        "{0,1}",
+        "a.2.b.{0,1}",
+        "a.5.b.1",
+        "a.00.b",
+        "x.y",
+    ]
+    assert group([("a.0", 1), ("a.1", 2)]) == [("a.0", (0,)), ("a.1", (1,))]
 
 
 def test_batches():

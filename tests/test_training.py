@@ -1,5 +1,7 @@
 """Which leaves train, and what training leaves alone."""
 
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -292,3 +294,57 @@ def test_errors(transform):
         partition(plain)
     with pytest.raises(TypeError, match="must be given by position"):
         transform(loss)(model=build(), x=X, y=Y)
+
+
+@pytest.mark.parametrize("use", [filter_grad(loss), eqx.filter_grad(loss), loss])
+def test_a_part_of_a_model_is_not_called(use):
+    params, _ = partition(build())
+    with pytest.raises(ValueError, match="partitioned.*`equinox.combine"):
+        use(params, X, Y)
+
+
+def _cast(tree, dtype=jnp.bfloat16):
+    cast = lambda x: x.astype(dtype) if eqx.is_inexact_array(x) else x
+    return jax.tree.map(cast, tree)
+
+
+LOST = r"factors of `layers\.0\.weight` and 1 more are bfloat16, in which small steps"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [partition, filter_grad(loss), filter_value_and_grad(loss)],
+    ids=["partition", "filter_grad", "filter_value_and_grad"],
+)
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_factors_that_a_cast_has_rounded(use, jit):
+    args = (_cast(build()),) + (() if use is partition else (X, Y))
+    with pytest.warns(UserWarning, match=LOST) as caught:
+        (eqx.filter_jit(use) if jit else use)(*args)
+    assert len(caught) == 1
+
+
+PRECISE = {
+    "as it is": build,
+    "cast before": lambda: loraify(
+        _cast(eqx.nn.MLP(4, 5, 6, 1, key=jr.key(0))), 2, jr.key(1)
+    ),
+    "of a wide base": lambda: loraify(
+        eqx.nn.MLP(4, 5, 6, 1, key=jr.key(0)), 2, jr.key(1), dtype=jnp.bfloat16
+    ),
+    "in full": lambda: loraify(
+        _cast(eqx.nn.Linear(4, 5, key=jr.key(0))),
+        2,
+        jr.key(1),
+        targets={"weight": "full"},
+    ),
+    "in part": lambda: partition(build())[0],
+    "no base": lambda: LowRankArray(jnp.ones((2, 4)), jnp.ones((5, 2), jnp.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("model", PRECISE)
+def test_factors_that_are_as_they_were_made(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        partition(PRECISE[model]())

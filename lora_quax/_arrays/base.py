@@ -22,6 +22,7 @@ from jax.core import ShapedArray
 from jaxtyping import Array
 
 from .check import aval_of
+from .misuse import Unquaxified
 
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class MaterialiseError(RuntimeError):
 late_rules: dict[str, Callable] = {}
 
 
-class AdaptedArray(quax.ArrayValue):
+class AdaptedArray(Unquaxified, quax.ArrayValue):
     """An array that stands for a weight, or for the update of one, that is adapted.
 
     A subclass is an `equinox.Module` with a `role` for each field that holds arrays,

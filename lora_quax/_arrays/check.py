@@ -13,7 +13,16 @@ from jax.core import ShapedArray, Tracer
 
 
 def aval_of(x) -> Any:
-    """The type of an array, of a value, or of an abstract stand-in for one."""
+    """The type of an array, of a value, or of an abstract stand-in for one.
+
+    **Raises:** `ValueError` for a part of an adapted array that has been taken out.
+    """
+    if x is None:
+        raise ValueError(
+            "An adapted weight has None for one of its parts: the model has been "
+            "partitioned or filtered. Put the parts together before it is used: "
+            "`equinox.combine(params, frozen)`."
+        )
     if isinstance(x, quax.ArrayValue):
         return type(x).aval(x)
     if isinstance(x, jax.ShapeDtypeStruct):
@@ -51,8 +60,20 @@ def check_number(name: str, x) -> float:
     return out
 
 
-def check_alpha(alpha, rank: int) -> float:
+def read_alpha(alpha, rank: int) -> float:
+    """That of an update that is known, which may be switched off by a zero."""
     return float(rank) if alpha is None else check_number("alpha", alpha)
+
+
+def check_alpha(alpha, rank: int) -> float:
+    """That of an update to be trained."""
+    out = read_alpha(alpha, rank)
+    if out == 0:
+        raise ValueError(
+            "`alpha` is 0, and so would be the update, alpha / rank · b · a, whatever "
+            "it learnt: nothing would train. Without `alpha` the scaling is 1."
+        )
+    return out
 
 
 def check_factor_dtype(dtype) -> np.dtype:

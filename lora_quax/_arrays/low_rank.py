@@ -14,7 +14,13 @@ from .. import init as _init
 from .._compat import partition_spec, shaped_array
 from ..init import Initialiser
 from .base import AbstractDelta, role
-from .check import check_alpha, check_factor_dtype, check_key, check_rank
+from .check import (
+    check_alpha,
+    check_factor_dtype,
+    check_key,
+    check_rank,
+    read_alpha,
+)
 from .show import show
 from .thin_dot import arrange, contract
 
@@ -63,7 +69,7 @@ class LowRankArray(AbstractDelta):
         self.a = a
         self.b = b
         self.rank = b.shape[-1] if b.ndim else 0
-        self.alpha = check_alpha(alpha, self.rank)
+        self.alpha = read_alpha(alpha, self.rank)
         self.rows = rows
         self.cols = cols
         self.allow_materialise = allow_materialise
@@ -83,7 +89,7 @@ class LowRankArray(AbstractDelta):
                 f"and b of shape {b.shape}."
             )
         check_rank(self.rank)
-        check_alpha(self.alpha, self.rank)
+        read_alpha(self.alpha, self.rank)
 
     @classmethod
     def init(
@@ -110,6 +116,7 @@ class LowRankArray(AbstractDelta):
         **Raises:** as `LoraArray`.
         """
         rank = check_rank(rank)
+        check_alpha(alpha, rank)
         check_key(key)
         check_factor_dtype(dtype)
         if min(rows, cols) < 0 or len(shape) < rows + cols:

@@ -230,6 +230,16 @@ def read_arrays(path: Path) -> dict[str, tuple[Any, dict[str, Any] | None]]:
     return {name: (filled(name, x), layer) for name, (x, layer) in skeletons.items()}
 
 
+def refuse_state(path: Path) -> None:
+    """**Raises:** `AdapterError` if a file has the state of a model, for which nothing
+    but a file of ours has a place."""
+    if not is_peft(path) and (state := read_adapter(path).state):
+        raise AdapterError(
+            f"{path} has the state of a model as well, with {named(min(state))}, which "
+            "would be lost: load it with `lora_quax.load_adapter`."
+        )
+
+
 def _leaves(skeleton) -> list[tuple[Any, Any]]:
     return jtu.tree_flatten_with_path(written(skeleton)[0])[0]
 

@@ -23,7 +23,7 @@ from .._disk.files import (
     written_whole,
 )
 from .console import console, namer, refuse_existing
-from .content import is_finite, read_content
+from .content import is_finite, read_content, refuse_state
 from .plan import plan, Square, Task, Tensor, Tensors
 
 
@@ -49,6 +49,7 @@ def merge(
 ) -> int:
     """**Raises:** `AdapterError`, `OSError`; then nothing is written."""
     refuse_existing(out)
+    refuse_state(adapter)
     model = read_base(base)
     tasks = plan(read_content(adapter), model.tensors, namer(names), square)
     with _folder(base, out), _progress(len(tasks)) as advance:

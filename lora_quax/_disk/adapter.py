@@ -7,6 +7,7 @@ that mirrors its array.
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from .exchange import (
     refuse_ambiguous,
     refuse_changed,
     refuse_misfit,
+    refuse_non_finite,
     to_numpy,
     too_wide,
 )
@@ -36,6 +38,8 @@ from .files import (
     write_tensors,
     written_whole,
 )
+from .fingerprint import check_base, recorded
+from .state import check_state, state_leaves, state_names
 from .version_1 import upgraded
 
 
@@ -49,6 +53,8 @@ class Adapter(NamedTuple):
     weights: dict[str, Any]  # path -> its description, as it is in the file
     tensors: dict[str, np.ndarray]  # path of a leaf -> its value
     version: int
+    state: dict[str, np.ndarray] = {}  # of a model that has one
+    base: Any = None  # its fingerprint; files had none before
 
     def about(self, path: str) -> Any:
         """What `describe` says of a weight, and its layer.
@@ -62,7 +68,12 @@ class Adapter(NamedTuple):
 
 
 def save_adapter(
-    path: str | os.PathLike, model: PyTree, *, base: PyTree = None
+    path: str | os.PathLike,
+    model: PyTree,
+    *,
+    state: eqx.nn.State | None = None,
+    base: PyTree = None,
+    check_finite: bool = True,
 ) -> None:
     """Writes what trains of a model to a file, and nothing else of it.
 
@@ -73,33 +84,52 @@ def save_adapter(
 
     The file is in the safetensors format: the factors, the values of arrays trained in
     full and the bases that are not frozen, each in its dtype and named by its path,
-    with a description of the adapted weights in the metadata. It is written beside its
-    goal and moved into place, so that a file that is there is replaced as a whole or
-    not at all.
+    with a description of the adapted weights in the metadata, and a fingerprint of the
+    arrays that they were put around. It is written beside its goal and moved into
+    place, so that a file that is there is replaced as a whole or not at all.
 
     **Arguments:**
 
     - `path`: of the file, in a folder that exists.
     - `model`: a model with adapted weights.
+    - `state`: its `eqx.nn.State`, if it has one. A batch norm keeps its statistics
+        there, which change in training and are not part of the model.
     - `base`: the model that was adapted. If it is given, it is made sure that nothing
         of `model` differs from it but what is written. A training loop that knows
         nothing of LoRA trains biases and norms too, which would be lost.
+    - `check_finite`: whether to refuse numbers that are infinite or not a number.
 
     **Raises:** `ValueError` if nothing in the model trains, a leaf is missing, two
-    leaves have the same dotted path, or `base` differs in what would not be written;
+    leaves have the same dotted path, `base` differs in what would not be written, the
+    model has a state and `state` is not that, or a number is not finite;
     `TypeError` if the model is abstract or traced; `OSError` if the file cannot be
     written.
     """
     if base is not None:
         refuse_changed(model, base)
-    adapter = extract(model)
-    about = {"version": VERSION, "weights": adapter.weights}
+    check_state(model, state)
+    adapter = extract(model, state)
+    tensors = {**adapter.tensors, **adapter.state}
+    if check_finite:
+        refuse_non_finite(tensors)
+    about = {
+        "version": VERSION,
+        "weights": adapter.weights,
+        "state": sorted(adapter.state),
+        "base": adapter.base,
+    }
     metadata = {_KEY: json.dumps(about, sort_keys=True)}
     with written_whole(Path(path)) as (new,):
-        write_tensors(new, adapter.tensors, metadata)
+        write_tensors(new, tensors, metadata)
 
 
-def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
+def load_adapter(
+    path: str | os.PathLike,
+    model: PyTree,
+    *,
+    state: eqx.nn.State | None = None,
+    same_base: bool = False,
+) -> PyTree:
     """Puts an adapter around the weights of a model. The model is not changed.
 
     **Arguments:**
@@ -107,9 +137,15 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
     - `path`: of a file that `save_adapter` wrote.
     - `model`: the model that was adapted, or one that `loraify` has adapted in the same
         way, whose factors are replaced. Its arrays may be `jax.ShapeDtypeStruct`s.
+    - `state`: the `eqx.nn.State` of the model, if the adapter was saved with one. It is
+        not changed.
+    - `same_base`: whether another base than that of the adapter is an error (true), or
+        a warning that says in what it differs (false). Only some numbers of each array
+        are compared, rounded if it is loaded in another precision.
 
     **Returns:** the model with the adapted weights. On the same base it computes what
-    the saved one computed, bit for bit.
+    the saved one computed, bit for bit. With `state`, a pair of the model and of the
+    state that was saved.
 
     **Raises:** `AdapterError`, which lists everything that is wrong, if the file is not
     an adapter, is truncated, or is of a newer version; if a tensor of it is missing,
@@ -118,6 +154,15 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
     """
     adapter = read_adapter(path)
     problems: list[str] = []
+    called = [] if state is None else state_names(model, state)
+    if adapter.state and state is None:
+        problems.append(
+            f"it has the state of a model, with {named(min(adapter.state))}: give that "
+            "of this one, `model, state = load_adapter(path, model, state=state)`"
+        )
+    else:
+        expected = _named_specs(zip(called, state_leaves(state)))
+        problems += differences("the state", expected, _specs_of(adapter.state))
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     paths = [leaf.path for leaf in leaves_of(model)]
     refuse_ambiguous(path for path in paths if path in adapter.weights)
@@ -139,18 +184,22 @@ def load_adapter(path: str | os.PathLike, model: PyTree) -> PyTree:
     expected = _specs(params)
     if any(map(is_adapted, leaves)):
         problems += differences("the model", _specs(written(model)[0]), expected)
-    found = {name: (x.shape, x.dtype) for name, x in adapter.tensors.items()}
-    problems += differences("its description", expected, found)
-    for name, x in adapter.tensors.items():
+    problems += differences("its description", expected, _specs_of(adapter.tensors))
+    for name, x in {**adapter.tensors, **adapter.state}.items():
         problems += too_wide(name, x.dtype)
     refuse_misfit(path, problems)
+    check_base(path, adapter.base, model, same_base)
     params = jtu.tree_map_with_path(
         lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
     )
-    return eqx.combine(params, rest)
+    model = eqx.combine(params, rest)
+    if state is None:
+        return model
+    new = [jnp.asarray(adapter.state[name]) for name in called]
+    return model, jax.tree.unflatten(jax.tree.structure(state), new)
 
 
-def extract(model: PyTree) -> Adapter:
+def extract(model: PyTree, state: eqx.nn.State | None = None) -> Adapter:
     """What of a model goes into a file.
 
     **Raises:** as `save_adapter`.
@@ -158,13 +207,16 @@ def extract(model: PyTree) -> Adapter:
     refuse_partial(model)
     adapted = [leaf for leaf in leaves_of(model) if is_adapted(leaf.value)]
     leaves = jtu.tree_flatten_with_path(written(model)[0])[0]
-    refuse_ambiguous(dotted(keys) for keys, _ in leaves)
+    called = [] if state is None else state_names(model, state)
+    refuse_ambiguous([*(dotted(keys) for keys, _ in leaves), *called])
     tensors = {dotted(keys): to_numpy(dotted(keys), x) for keys, x in leaves}
+    beside = zip(called, state_leaves(state))
+    kept = {name: to_numpy(name, x) for name, x in beside}
     weights = {
         leaf.path: {**describe(leaf.value), "layer": describe_layer(leaf)}
         for leaf in adapted
     }
-    return Adapter(weights, tensors, VERSION)
+    return Adapter(weights, tensors, VERSION, kept, recorded(model))
 
 
 def written(model: PyTree) -> tuple[PyTree, PyTree]:
@@ -201,6 +253,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         version, weights = about["version"], about["weights"]
         if type(version) is not int or version < 1 or not isinstance(weights, dict):
             raise TypeError(f"it is of version {version!r:.40}")
+        state = {name: tensors.pop(name) for name in about.get("state", [])}
     except (KeyError, TypeError, ValueError) as e:
         raise AdapterError(f"{path}: its description cannot be read: {said(e)}.") from e
     if not weights and version <= VERSION:
@@ -210,7 +263,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             f"{path} was written by a newer lora_quax, in version {version} of the "
             f"format; this one reads up to {VERSION}."
         )
-    return Adapter(weights, tensors, version)
+    return Adapter(weights, tensors, version, state, about.get("base"))
 
 
 _Specs = dict[str, tuple[tuple[int, ...], Any]]
@@ -218,7 +271,15 @@ _Specs = dict[str, tuple[tuple[int, ...], Any]]
 
 def _specs(params) -> _Specs:
     leaves = jtu.tree_flatten_with_path(params)[0]
-    return {dotted(keys): (tuple(x.shape), x.dtype) for keys, x in leaves}
+    return _named_specs((dotted(keys), x) for keys, x in leaves)
+
+
+def _specs_of(tensors: dict[str, np.ndarray]) -> _Specs:
+    return _named_specs(tensors.items())
+
+
+def _named_specs(leaves: Iterable[tuple[str, Any]]) -> _Specs:
+    return {name: (tuple(x.shape), x.dtype) for name, x in leaves}
 
 
 def differences(whose: str, expected: _Specs, found: _Specs) -> list[str]:

@@ -57,6 +57,17 @@ def _bits(x) -> tuple:
     return x.shape, x.dtype, x.tobytes()
 
 
+def refuse_non_finite(tensors: dict[str, np.ndarray]) -> None:
+    """**Raises:** `ValueError` if a number is infinite, or not a number."""
+    bad = [named(name) for name, x in tensors.items() if not np.isfinite(x).all()]
+    if bad:
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise ValueError(
+            f"Not written, because {', '.join(bad[:8])}{more} have infinities or NaNs. "
+            "`check_finite=False` writes them all the same."
+        )
+
+
 def refuse_ambiguous(paths: Iterable[str]) -> None:
     twice = [named(path) for path, n in collections.Counter(paths).items() if n > 1]
     if twice:

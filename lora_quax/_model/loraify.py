@@ -29,6 +29,7 @@ from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from ..init import Initialiser
+from .habits import answers_peft
 from .paths import is_value, Leaf, named
 from .select import select
 from .targets import Adapt, Targets
@@ -49,6 +50,7 @@ class _Plan(NamedTuple):
     abstract: bool
 
 
+@answers_peft
 def loraify(
     model: PyTree,
     rank: int,
@@ -78,6 +80,8 @@ def loraify(
     - a name, which is matched with the last segments of a dotted path, as PEFT does:
         `"q_proj"` or `"attn.q_proj"` for `blocks.0.attn.q_proj`. The path may be that
         of a layer or of any array, such as `"weight_ih"`.
+    - `"all-linear"`, as PEFT has it: every `eqx.nn.Linear`. PEFT leaves out the head of
+        a model; here `("lm_head", "freeze")` does.
     - a regular expression, which has to match the whole path: a string with one of the
         characters `\\ * + ? [ ] ( ) { } | ^ $`, or an `re.Pattern`. It passes over
         vectors.
@@ -104,6 +108,7 @@ def loraify(
     - `key`: for the initialisers. What a weight gets depends on the key and its path
         alone, so that adapting fewer or more of the others changes nothing.
     - `alpha`: the updates are scaled by `alpha / rank`; defaults to the rank of each.
+        Not zero.
     - `targets`: which weights: a target, a list of targets or of pairs `(target,
         spec)`, or a mapping from target to spec. Where several mean a weight, the last
         decides. By default every `eqx.nn.Linear`, `eqx.nn.Conv` and

@@ -74,7 +74,11 @@ def unload(model: PyTree) -> PyTree:
 
     - `model`: a model with adapted weights, abstract or not.
 
-    **Returns:** the model that `lora_quax.loraify` was given, bit for bit.
+    **Returns:** the model with the bases, and the originals of what trained in full, as
+    they are now: what `lora_quax.loraify` was given, bit for bit, if only what
+    `lora_quax.partition` gives was trained. An optimiser that was given all of the
+    model has trained biases as well, and may have moved what is frozen:
+    `lora_quax.save_adapter(..., base=...)` says whether it has, and what.
 
     **Raises:** `ValueError` if a leaf is missing, or if a weight is a `LowRankArray`
     alone, which was put there by other means and has no base to go back to.

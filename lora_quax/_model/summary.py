@@ -16,6 +16,7 @@ from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
 from .merge import refuse_missing
 from .paths import dotted, is_float, size_of
+from .repeats import group
 
 
 class Row(NamedTuple):
@@ -42,11 +43,14 @@ class Summary(NamedTuple):
 
     Parameters are the elements of floating-point arrays and quantised weights. `rows`
     has the adapted weights; `trainable` and `frozen` count those of the whole model.
+    Weights that are alike but for numbers in their paths are one line of the table,
+    `blocks.{0..31}.attn.q_proj.weight`, which counts them all.
     """
 
     rows: tuple[Row, ...]
     trainable: int
     frozen: int
+    grouped: bool = True  # whether that is so
 
     @property
     def share(self) -> float:
@@ -54,11 +58,11 @@ class Summary(NamedTuple):
         return self.trainable / max(1, self.trainable + self.frozen)
 
     def __rich__(self) -> Table:
-        excess = any(row.rank_in_excess for row in self.rows)
-        table = Table(box=SIMPLE, show_footer=True)
-        if excess:
+        table = Table(box=SIMPLE, show_footer=True, caption_justify="left")
+        if any(row.rank_in_excess for row in self.rows):
             table.caption = "* above the largest rank that the weight can use"
-            table.caption_justify = "left"
+        if not self.rows:
+            table.caption = "Nothing is adapted: `loraify` returns the adapted model."
         rest = self.frozen - sum(row.frozen for row in self.rows)
         table.add_column("path", footer="total")
         table.add_column("shape", footer="")
@@ -67,7 +71,7 @@ class Summary(NamedTuple):
         trains = f"{self.trainable:,} ({self.share:.3%})"
         table.add_column("trainable", justify="right", footer=trains)
         table.add_column("frozen", justify="right", footer=f"{self.frozen:,}")
-        for row in self.rows:
+        for row in _lines(self.rows) if self.grouped else self.rows:
             table.add_row(
                 row.path or "(the model)",
                 str(row.shape).replace("[", r"\["),
@@ -95,6 +99,16 @@ class Summary(NamedTuple):
         )
 
 
+def _lines(rows: tuple[Row, ...]) -> list[Row]:
+    """Rows that are alike but for numbers in their paths as one, with their sums."""
+    lines = []
+    for path, places in group((row.path, row[1:]) for row in rows):
+        first, n = rows[places[0]], len(places)
+        sums = dict(trainable=n * first.trainable, frozen=n * first.frozen)
+        lines.append(first._replace(path=path, **sums))
+    return lines
+
+
 def _console(file: io.StringIO, **options) -> Console:
     # Wide, so that no path is cut or folded. In a notebook rich would show the table
     # there and then, and write nothing to the file.
@@ -108,7 +122,7 @@ def _rank(row: Row) -> str:
     return f"{row.rank} > {row.max_rank} *" if row.rank_in_excess else str(row.rank)
 
 
-def summary(model: PyTree) -> Summary:
+def summary(model: PyTree, *, grouped: bool = True) -> Summary:
     """What of a model is adapted, and how many of its parameters train.
 
     ```python
@@ -121,6 +135,8 @@ def summary(model: PyTree) -> Summary:
     **Arguments:**
 
     - `model`: a model, abstract or not.
+    - `grouped`: whether weights that are alike but for numbers in their paths, such as
+        those of 32 blocks, are one line of the table (true), or one each (false).
 
     **Returns:** a `Summary`, which prints as a table. A rank above what a small weight
     can use is marked with an asterisk.
@@ -142,7 +158,7 @@ def summary(model: PyTree) -> Summary:
             if update is not None:
                 facts = update.rank, update.scaling, _max_rank(update)
             rows.append(Row(path, shape, *facts[:2], x_trains, x_frozen, facts[2]))
-    return Summary(tuple(rows), trains, frozen)
+    return Summary(tuple(rows), trains, frozen, grouped)
 
 
 def _update(lowered) -> LowRankArray | None:

@@ -15,6 +15,7 @@ from .._arrays.check import (
     check_rank,
 )
 from ..init import Initialiser
+from .habits import answers_peft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,8 @@ class Adapt:
                 raise ValueError(f"`{name}` must be at least 1, got {n!r}.")
 
 
+setattr(Adapt, "__init__", answers_peft(Adapt.__init__))
+
 Spec: TypeAlias = Adapt | int | bool | Literal["full", "freeze"] | None
 Target: TypeAlias = type | str | re.Pattern | Callable[[str, Any], Spec]
 # A list is of targets, or of pairs of a target and a spec.
@@ -121,6 +124,8 @@ def _read_item(item) -> Entry:
 
 
 def _read_target(target, spec) -> Entry:
+    if isinstance(target, str) and target == "all-linear":
+        return Entry(eqx.nn.Linear, read_spec(spec, repr(target)), repr(target))
     if isinstance(target, type):
         return Entry(target, read_spec(spec, target.__name__), target.__name__)
     if isinstance(target, str | re.Pattern):

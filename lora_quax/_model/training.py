@@ -5,13 +5,17 @@ that abstract and partitioned trees read the same.
 """
 
 import functools as ft
+import warnings
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from .._arrays.base import BASE, FROZEN, roles
+from .._arrays.base import BASE, base_of, FROZEN, is_adapted, roles
+from .paths import dotted, named
 
 
 def labels(tree: PyTree) -> PyTree:
@@ -52,7 +56,9 @@ def trainable(model: PyTree) -> PyTree:
 
     Weight decay reaches whatever an optimiser is given, be its gradient zero or not. If
     the whole model is given to it, as in a loop that knows nothing of LoRA, this is the
-    mask that keeps the frozen weights as they are:
+    mask that keeps the frozen weights as they are. It masks the decay alone: of an
+    optimiser that moves what has no gradient by other means, such as noise, `partition`
+    keeps them.
 
     ```python
     optim = optax.adamw(1e-4, mask=lora_quax.trainable)
@@ -78,8 +84,14 @@ def partition(model: PyTree) -> tuple[PyTree, PyTree]:
     **Returns:** two trees of the model's structure, each with `None` for the leaves of
     the other. `equinox.combine` puts them together.
 
-    **Raises:** `ValueError` if nothing in the model trains.
+    **Raises:** `ValueError` if nothing in the model trains. Warns of factors of 16
+    bits beside a base of 16 bits, as a cast of the adapted model leaves them.
     """
+    return _partition(model)
+
+
+def _partition(model: PyTree) -> tuple[PyTree, PyTree]:
+    """As `partition`; called by it and by what the user calls in its place."""
     spec = trainable(model)
     if not any(jax.tree.leaves(spec)):
         raise ValueError(
@@ -87,7 +99,39 @@ def partition(model: PyTree) -> tuple[PyTree, PyTree]:
             "trained in full. Call `lora_quax.loraify` first; and give the model, or a "
             "tuple of what trains, as the first argument."
         )
+    if narrow := _narrow(model):
+        path, dtype = narrow[0]
+        more = f" and {len(narrow) - 1} more" if len(narrow) > 1 else ""
+        warnings.warn(
+            f"The factors of {named(path)}{more} are {dtype}, in which small steps are "
+            "lost. `loraify` makes them float32, beside a base of 16 bits too. If the "
+            "adapted model was cast, cast the model first and adapt it then. If its "
+            "`dtype` said so, this warning can be filtered by its beginning.",
+            stacklevel=3,
+        )
     return eqx.partition(model, spec)
+
+
+def _narrow(model: PyTree) -> list[tuple[str, str]]:
+    """The weights of which base and factors are of 16 bits, and the type of these."""
+    leaves = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)[0]
+    found = []
+    for keys, x in leaves:
+        base = base_of(x) if is_adapted(x) else None
+        dtype = getattr(base, "dtype", None)
+        if dtype is None or jnp.dtype(dtype).itemsize > 2:
+            continue
+        # What has no role but "full" trains in the type of the base, as it would alone.
+        types = [
+            jnp.dtype(leaf.dtype)
+            for leaf, name in zip(jtu.tree_leaves(x), jtu.tree_leaves(roles(x)))
+            if name not in (BASE, FROZEN, "full")
+        ]
+        narrow = [
+            t for t in types if jnp.issubdtype(t, jnp.floating) and t.itemsize < 4
+        ]
+        found += [(dotted(keys), t.name) for t in narrow[:1]]
+    return found
 
 
 def filter_value_and_grad(
@@ -165,6 +209,6 @@ def _differentiate(transform, fun, has_aux: bool, gradkwargs) -> Callable:
                 "differentiated, must be given by position."
             )
         model, *args = args
-        return differentiated(*partition(model), *args, **kwargs)
+        return differentiated(*_partition(model), *args, **kwargs)
 
     return wrapper

@@ -12,7 +12,7 @@ import quax
 from jaxtyping import PyTree
 
 from .._arrays.base import make
-from .._arrays.check import aval_of, check_alpha
+from .._arrays.check import aval_of, read_alpha
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
@@ -202,7 +202,7 @@ class _Fit:
             a=jnp.asarray(a, self.dtype),
             b=jnp.asarray(b, self.dtype),
             rank=rank,
-            alpha=check_alpha(alpha, rank),
+            alpha=read_alpha(alpha, rank),
             rows=1,
             cols=len(place.shape) - 1 if kind == "conv" else 1,
             allow_materialise=self.allow_materialise,

@@ -1,0 +1,65 @@
+"""Arguments that PEFT has and that are called otherwise here."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_RANK = "is `rank` here"
+_NONE_HERE = "has no meaning here; leave it out"
+_PATTERN = (
+    "is part of `targets` here, as a specification of its own: "
+    '`targets={"q_proj": Adapt(rank=16, alpha=32)}`'
+)
+_LAYERS = r'is part of `targets` here: `targets=r"blocks\.[0-3]\..*q_proj"`'
+
+# The fields of `peft.LoraConfig`.
+_HERE = {
+    "r": _RANK,
+    "lora_rank": _RANK,
+    "lora_alpha": "is `alpha` here, and by default the rank, so that the scaling is 1",
+    "target_modules": "is `targets` here, and takes the same names",
+    "target_parameters": "is `targets` here, which means arrays as well as layers",
+    "exclude_modules": (
+        "is part of `targets` here, where the last entry that means a weight decides: "
+        '`targets=[eqx.nn.Linear, ("lm_head", "freeze")]`'
+    ),
+    "modules_to_save": (
+        'is part of `targets` here: `targets={eqx.nn.Linear: True, "lm_head": "full"}`'
+    ),
+    "bias": (
+        'is part of `targets` here: `targets={eqx.nn.Linear: True, "bias": "full"}`'
+    ),
+    "init_lora_weights": "is `init_a` and `init_b` here: see `lora_quax.init`",
+    "rank_pattern": _PATTERN,
+    "alpha_pattern": _PATTERN,
+    "layers_to_transform": _LAYERS,
+    "layers_pattern": _LAYERS,
+    "use_rslora": (
+        "is a choice of `alpha` here: the scaling is alpha / rank, so rsLoRA's is that "
+        "of `alpha=lora_alpha * rank**0.5`"
+    ),
+    "fan_in_fan_out": (
+        "is `rows` and `cols` of an `Adapt` here; for the layers of Equinox they are "
+        "known"
+    ),
+    "lora_dropout": "is not here: what the update is given is not dropped out",
+    "task_type": _NONE_HERE,
+    "inference_mode": _NONE_HERE,
+    "base_model_name_or_path": _NONE_HERE,
+}
+
+
+def answers_peft(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`function`, which answers an argument of PEFT's with what it is called here."""
+
+    @ft.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if said := [f"`{name}` {_HERE[name]}." for name in kwargs if name in _HERE]:
+            raise TypeError("\n".join(said))
+        return function(*args, **kwargs)
+
+    return wrapper
