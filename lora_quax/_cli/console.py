@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.console import Console
 
 from .._disk.files import AdapterError, read_json
-from ..peft._names import Namer
+from .._disk.whole import clear_leftovers
+from .._model.names import Namer
 
 
 _WIDE = 10_000  # A path is never cut off for want of room.
@@ -37,6 +38,8 @@ def refuse_existing(path: Path) -> None:
 
     **Raises:** `FileExistsError`; `FileNotFoundError` if it would be in no folder.
     """
+    if path.is_dir():
+        clear_leftovers(path)
     is_empty = path.is_dir() and not any(path.iterdir())
     if (path.exists() or path.is_symlink()) and not is_empty:
         what = "is not empty" if path.is_dir() else "exists"

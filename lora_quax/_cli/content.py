@@ -18,10 +18,10 @@ from .._arrays.low_rank import LowRankArray
 from .._disk.adapter import differences, read_adapter, written
 from .._disk.description import base_type, build, NONSENSE, said
 from .._disk.files import AdapterError, refuse
+from .._model.names import split
 from .._model.paths import dotted, join, named
 from ..peft._config import Config
 from ..peft._layout import from_peft, Kind, refuse_groups
-from ..peft._names import split
 from ..peft._read import Factors, FILE, PeftAdapter, read
 
 

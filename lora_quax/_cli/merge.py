@@ -17,18 +17,16 @@ from rich.progress import Progress
 from .._disk.files import (
     AdapterError,
     open_tensors,
-    read_header,
-    read_json,
     TensorFile,
-    written_whole,
 )
+from .._disk.shards import INDEX, read_index
+from .._disk.whole import folder_whole, written_whole
 from .console import console, namer, refuse_existing
 from .content import is_finite, read_content
 from .plan import plan, Square, Task, Tensor, Tensors
 
 
 _SUFFIX = ".safetensors"
-_INDEX = "model.safetensors.index.json"
 # Other copies of the weights: they would be those of the model before the merge.
 _WEIGHTS = (
     ".bin .bin.index.json .ckpt .gguf .h5 .h5.index.json .index .msgpack "
@@ -51,35 +49,16 @@ def merge(
     refuse_existing(out)
     model = read_base(base)
     tasks = plan(read_content(adapter), model.tensors, namer(names), square)
-    with _folder(base, out), _progress(len(tasks)) as advance:
-        goals = _goals(base, model, out)
-        with written_whole(*goals.values()) as beside:
-            for source, new in zip(goals, beside):
-                shutil.copyfile(source, new)
-                if source in model.shards:
-                    _fold(source, new, model, tasks, advance)
+    files = [*model.shards, *model.others]
+    to_folder = base.is_dir() or out.is_dir()
+    whole = folder_whole(out, [file.name for file in files])
+    whole = whole if to_folder else written_whole(out)
+    with _progress(len(tasks)) as advance, whole as beside:
+        for source, new in zip(files, beside):
+            shutil.copyfile(source, new)
+            if source in model.shards:
+                _fold(source, new, model, tasks, advance)
     return 0
-
-
-def _goals(base: Path, model: Base, out: Path) -> dict[Path, Path]:
-    """Which file goes where."""
-    if base.is_dir() or out.is_dir():
-        return {file: out / file.name for file in (*model.shards, *model.others)}
-    return {base: out}
-
-
-@contextlib.contextmanager
-def _folder(base: Path, out: Path) -> Iterator[None]:
-    """Makes the folder for a folder's files, and takes it away if anything fails."""
-    is_new = base.is_dir() and not out.exists()
-    if is_new:
-        out.mkdir()
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            out.rmdir()
-        raise
 
 
 @contextlib.contextmanager
@@ -147,8 +126,8 @@ def read_base(path: Path) -> Base:
         raise FileNotFoundError(f"There is no file or folder {path}.")
     if not path.is_dir():
         return Base(_tensors(path), [path], [])
-    index = path / _INDEX
-    where = _read_index(index) if index.is_file() else None
+    index = path / INDEX
+    where = read_index(index) if index.is_file() else None
     files = sorted(path.iterdir())
     shards = [file for file in files if file.name.endswith(_SUFFIX)]
     if where is not None:
@@ -161,7 +140,7 @@ def read_base(path: Path) -> Base:
             if name in tensors:
                 raise AdapterError(
                     f"`{name}` is in {tensors[name].file} and in {shard}: which is "
-                    f"meant? A file {_INDEX} would say it."
+                    f"meant? A file {INDEX} would say it."
                 )
             tensors[name] = tensor
     for name, file in (where or {}).items():
@@ -180,23 +159,9 @@ def _is_other(file: Path) -> bool:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise AdapterError(f"{path} has no `weight_map`.")
-    for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise AdapterError(f"{path} has {file!r} for `{name}`, which is no file.")
-    return where
-
-
 def _tensors(path: Path) -> Tensors:
     with open_tensors(path) as file:
-        specs = file.specs
-    with path.open("rb") as file:
-        data = 8 + int.from_bytes(file.read(8), "little")
-    header = read_header(path)
-    return {
-        name: Tensor(path, dtype, shape, data + header[name]["data_offsets"][0])
-        for name, (dtype, shape) in specs.items()
-    }
+        return {
+            name: Tensor(path, dtype, shape, file.starts[name])
+            for name, (dtype, shape) in file.specs.items()
+        }

@@ -34,9 +34,9 @@ from .files import (
     parse_json,
     read_tensors,
     write_tensors,
-    written_whole,
 )
 from .version_1 import upgraded
+from .whole import written_whole
 
 
 VERSION = 2

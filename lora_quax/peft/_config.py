@@ -6,6 +6,8 @@ The rules by which PEFT matches names are its own, and are followed to the lette
 
 import dataclasses
 import functools as ft
+import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +19,8 @@ from ._initial import INITIALISATIONS
 
 
 FILE = "adapter_config.json"
+MARK = "lora_quax_config"  # In the metadata of the tensors.
+_PEFT = "0.21.0"  # The version whose format is written.
 
 # What these say does not change what a finished adapter computes.
 _HARMLESS = {
@@ -101,8 +105,10 @@ class Config:
         return False
 
 
-def read_config(folder: Path) -> Config:
-    """**Raises:** `AdapterError` if it is no configuration of LoRA, or of a kind of it
+def read_config(folder: Path) -> tuple[Config, str | None]:
+    """The configuration and its mark, if it has one.
+
+    **Raises:** `AdapterError` if it is no configuration of LoRA, or of a kind of it
     that is not known here; `FileNotFoundError`."""
     path = folder / FILE
     if not path.is_file():
@@ -110,17 +116,19 @@ def read_config(folder: Path) -> Config:
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r}."
+            f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r:.80}."
         )
     for name, value in fields.items():
         if name in _KINDS:
             kind, is_kind = _KINDS[name]
             if value is not None and not is_kind(value):
-                raise AdapterError(f"{path}: `{name}` must be {kind}, got {value!r}.")
+                raise AdapterError(
+                    f"{path}: `{name}` must be {kind}, got {value!r:.80}."
+                )
         elif name not in _HARMLESS and not _is_off(value):
             raise AdapterError(
-                f"{path}: `{name}` is {value!r}. What an adapter with that computes is "
-                "not known here."
+                f"{path}: `{name}` is {value!r:.80}. What an adapter with that "
+                "computes is not known here."
             )
     # A field that is null is as good as absent.
     given = {name: x for name, x in fields.items() if name in _KINDS and x is not None}
@@ -132,7 +140,25 @@ def read_config(folder: Path) -> Config:
             )
     config = Config(**given)
     _check(path, config)
-    return config
+    return config, _mark_of(fields)
+
+
+def marked(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A configuration with a mark that tells it from others, and the mark.
+
+    It is written with the tensors as well: the two files are moved one after the other,
+    so that a reader beside two writers may find those of one with these of the other.
+    PEFT's field for its version may have more behind an `@`, which it leaves out.
+    """
+    text = json.dumps(fields, sort_keys=True)
+    mark = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {**fields, "peft_version": f"{_PEFT}@lora_quax.{mark}"}, mark
+
+
+def _mark_of(fields: dict[str, Any]) -> str | None:
+    version = fields.get("peft_version")
+    mark = str(version).partition("@lora_quax.")[2]
+    return mark or None
 
 
 def _what_there_is(folder: Path) -> str:
@@ -151,13 +177,13 @@ def _check(path: Path, config: Config) -> None:
     if not all(map(math.isfinite, alphas)):
         raise AdapterError(f"{path}: an alpha is not finite.")
     if config.bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"{path}: `bias` is {config.bias!r}.")
+        raise AdapterError(f"{path}: `bias` is {config.bias!r:.80}.")
     init = config.init_lora_weights
     if init not in (*_KEEP_THE_BASE, *INITIALISATIONS):
         raise AdapterError(
-            f"{path}: `init_lora_weights` is {init!r}, by which PEFT changes the base "
-            "when it loads the adapter, in a way that cannot be repeated here. Save it "
-            "in a form that works on the untouched base, with PEFT's "
+            f"{path}: `init_lora_weights` is {init!r:.80}, by which PEFT changes the "
+            "base when it loads the adapter, in a way that cannot be repeated here. "
+            "Save it in a form that works on the untouched base, with PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
     if init == "olora" and config.fan_in_fan_out:
@@ -176,7 +202,7 @@ def _check(path: Path, config: Config) -> None:
             re.compile(regex)
         except (re.error, RecursionError, OverflowError) as e:
             raise AdapterError(
-                f"{path}: {pattern!r} is not a regular expression: {e}."
+                f"{path}: {pattern!r:.80} is not a regular expression: {e}."
             ) from e
 
 

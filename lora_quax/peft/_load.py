@@ -17,10 +17,10 @@ from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import refuse_misfit, too_wide
+from .._model.names import Names, split
 from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
-from ._names import Names, split
 from ._places import Place, places_of, wrappers
 from ._read import Factors, PeftAdapter, read
 

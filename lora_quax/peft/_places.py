@@ -10,9 +10,9 @@ from jaxtyping import PyTree
 from .._arrays.check import aval_of
 from .._disk.exchange import refuse_ambiguous
 from .._model.merge import origin
+from .._model.names import Namer, Names, split, stack_axes, unstack
 from .._model.paths import is_float, known_axes, Leaf, leaves_of, named
 from .._model.targets import read_pattern
-from ._names import Namer, Names, split, stack_axes, unstack
 
 
 class Place(NamedTuple):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._disk.files import AdapterError, read_tensors, refuse
-from ._config import Config, read_config
+from ._config import Config, FILE as CONFIG, MARK, read_config
 
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_TRIES, _PAUSE = 50, 0.01
 _UPDATE = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))",
     re.DOTALL,
@@ -51,14 +53,8 @@ def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
 def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAdapter:
     """**Raises:** `FileNotFoundError`; `AdapterError` if the files are no adapter."""
     folder = folder_of(directory, adapter_name)
-    config = read_config(folder)
     path = folder / FILE
-    if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
-        raise AdapterError(
-            f"{pickled} is a pickle, which can run any code, and is not read. Convert "
-            "it with PEFT: `model.save_pretrained(..., safe_serialization=True)`."
-        )
-    tensors, _ = read_tensors(path)
+    config, tensors = _pair(folder)
     problems = []
     sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     biases, values = {}, {}
@@ -93,6 +89,29 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
         problems.append("a tensor is there with `base_layer` in its name and without")
     refuse(f"The adapter {path} is not sound", problems)
     return PeftAdapter(path, config, updates, biases, plain)
+
+
+def _pair(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
+    """The configuration and the tensors, of one writing."""
+    path = folder / FILE
+    for _ in range(_TRIES):
+        config, mark = read_config(folder)
+        if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{pickled} is a pickle, which can run any code, and is not read. "
+                "Convert it with PEFT: `model.save_pretrained(..., "
+                "safe_serialization=True)`."
+            )
+        tensors, metadata = read_tensors(path)
+        # PEFT itself does not say which configuration its tensors are for.
+        if metadata.get(MARK, mark) == mark:
+            return config, tensors
+        time.sleep(_PAUSE)  # Another program may be between its two moves.
+    raise AdapterError(
+        f"{path} was not written with the {CONFIG} beside it: a program that wrote "
+        "both was stopped between them, or another has written one of them. Save the "
+        "adapter again, or load and save it with PEFT, which does not compare them."
+    )
 
 
 def _is_copy(name: str, config: Config) -> bool:

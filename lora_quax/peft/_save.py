@@ -13,12 +13,13 @@ from jaxtyping import PyTree
 from .._arrays.base import is_adapted
 from .._arrays.full import FullArray
 from .._disk.exchange import refuse_changed
-from .._disk.files import write_tensors, written_whole
+from .._disk.files import write_tensors
+from .._disk.whole import folder_whole
 from .._model.merge import refuse_partial
+from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
 from . import _config, _read
 from ._layout import SUFFIXES
-from ._names import is_in, Names, split
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX
 from ._update import ParameterUpdate, UNCHANGED, updates_of
@@ -132,10 +133,10 @@ def save(
         places = [place for place in places if not _is_update(place)]
     tensors |= _values(places, updates, wrapped, rest, fan_in_fan_out)
     folder = folder_of(directory, adapter_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    goals = folder / _read.FILE, folder / _config.FILE
-    with written_whole(*goals) as (weights, config):
-        write_tensors(weights, tensors, {"format": "pt"})
+    fields, mark = _config.marked(fields)
+    metadata = {"format": "pt", _config.MARK: mark}
+    with folder_whole(folder, (_read.FILE, _config.FILE)) as (weights, config):
+        write_tensors(weights, tensors, metadata)
         config.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 
