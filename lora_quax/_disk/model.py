@@ -303,7 +303,7 @@ def _read(
     shape = tuple(place.value.shape)
     views = {index: files[name].view(name) for index, name in place.names.items()}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         return _part(views, shape, index, dtype)
 
     if sharding is None:
