@@ -22,6 +22,8 @@ FILE = "adapter_config.json"
 MARK = "lora_quax_config"  # In the metadata of the tensors.
 _PEFT = "0.21.0"  # The version whose format is written.
 
+EMBEDDINGS = "embed_tokens", "lm_head"  # That PEFT knows, by the ends of their names.
+
 # What these say does not change what a finished adapter computes.
 _HARMLESS = {
     "auto_mapping",
@@ -61,6 +63,7 @@ class Config:
     init_lora_weights: bool | str | None = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    ensure_weight_tying: bool = False
 
     def rank(self, name: str) -> int:
         """The rank of the update of a module or, for `target_parameters`, an array."""
@@ -92,6 +95,20 @@ class Config:
     def targets_parameter(self, name: str) -> bool:
         """Whether PEFT gives this array an update, by `target_parameters`."""
         return _matches(self.target_parameters, name)
+
+    @property
+    def ties(self) -> bool:
+        """Whether PEFT adapts the head as it does the embedding that it is tied to: it
+        does if it is told to, and knows one of the modules by its name."""
+        names = self.target_modules or []
+        if isinstance(names, str):
+            known = any(_matches(names, name) for name in EMBEDDINGS)
+        else:
+            known = any(name.split(".")[-1] in EMBEDDINGS for name in names)
+        saved = (name.split(".")[-1] for name in self.modules_to_save or [])
+        return self.ensure_weight_tying and (
+            known or not {*EMBEDDINGS}.isdisjoint(saved)
+        )
 
     def _is_chosen_layer(self, module: str) -> bool:
         layers = self.layers_to_transform
@@ -252,6 +269,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_rslora": ("true or false", _is_flag),
     "lora_bias": ("true or false", _is_flag),
     "fan_in_fan_out": ("true or false", _is_flag),
+    "ensure_weight_tying": ("true or false", _is_flag),
     "bias": ("a string", _is_text),
     "init_lora_weights": ("a string, true or false", _any_of(_is_text, _is_flag)),
     "layers_to_transform": (

@@ -23,6 +23,7 @@ from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
 from ._places import Place, places_of, wrappers
 from ._read import Factors, PeftAdapter, read
+from ._tied import without_aliases
 
 
 def load(
@@ -88,9 +89,10 @@ def put_around(
 ) -> PyTree:
     """As `load`, of an adapter that has been read."""
     places = places_of(model, names, transposed)
+    adapter, problems = without_aliases(adapter, places)
     fit = _Fit(adapter, places, dtype, allow_materialise)
     changed = {place.position: fit.adapted(place) for place in places}
-    refuse_misfit(adapter.path, [*fit.problems, *fit.unused()])
+    refuse_misfit(adapter.path, [*problems, *fit.problems, *fit.unused()])
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     return jax.tree.unflatten(
         treedef, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]

@@ -123,6 +123,12 @@ def _is_copy(name: str, config: Config) -> bool:
 
 
 def _without_base_layer(name: str, updates) -> str:
-    # One for each of the parameters of a module that are adapted one by one.
-    match = re.fullmatch(r"(.+?)(?:\.base_layer)+\.([^.]+)", name, re.DOTALL)
-    return f"{match[1]}.{match[2]}" if match and match[1] in updates else name
+    module, _, parameter = name.rpartition(".")
+    # One for each of the parameters of a module that are adapted one by one; and a
+    # module may have this name itself.
+    segments = module.split(".")
+    n = next((i for i, x in enumerate(reversed(segments)) if x != "base_layer"), 0)
+    for i in range(n, 0, -1):
+        if (stripped := ".".join(segments[:-i])) in updates:
+            return f"{stripped}.{parameter}"
+    return name
