@@ -9,13 +9,13 @@ import functools as ft
 import hashlib
 import json
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._disk.files import AdapterError, read_json
 from ._initial import INITIALISATIONS
+from ._patterns import compiled, Ends, Table, Whole
 
 
 FILE = "adapter_config.json"
@@ -40,6 +40,7 @@ _HARMLESS = {
     "runtime_config",
     "task_type",
 }
+_MOST = 1000  # Patterns that are tried one by one.
 # These leave the base as it is; others take the first update out of it.
 _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
@@ -67,11 +68,11 @@ class Config:
 
     def rank(self, name: str) -> int:
         """The rank of the update of a module or, for `target_parameters`, an array."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return self._tables["rank_pattern"].find(name, self.r)
 
     def alpha(self, name: str) -> float:
         """The scaling of the update of a module or an array, times its rank."""
-        alpha = _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        alpha = self._tables["alpha_pattern"].find(name, self.lora_alpha)
         # With rsLoRA the scaling is alpha / √rank: Kalajdzievski, arXiv 2312.03732.
         return float(alpha * math.sqrt(self.rank(name)) if self.use_rslora else alpha)
 
@@ -81,12 +82,12 @@ class Config:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT gives this module an update, if it is of a kind that can."""
-        if _matches(self.exclude_modules, module):
+        if self._is_named("exclude_modules", module):
             return False
         saved = self.modules_to_save or []
-        if any(_compiled(_saved_regex(name)).match(module) for name in saved):
+        if any(compiled(_saved_regex(name)).match(module) for name in saved):
             return False
-        if not _matches(self.target_modules, module):
+        if not self._is_named("target_modules", module):
             return False
         if isinstance(self.target_modules, str):
             return True
@@ -94,7 +95,26 @@ class Config:
 
     def targets_parameter(self, name: str) -> bool:
         """Whether PEFT gives this array an update, by `target_parameters`."""
-        return _matches(self.target_parameters, name)
+        return self._is_named("target_parameters", name)
+
+    def _is_named(self, field: str, path: str) -> bool:
+        """A list has names or the ends of names, a string is a regular expression."""
+        return self._tables[field].match(path)
+
+    @ft.cached_property
+    def _tables(self) -> dict[str, Any]:
+        """What each of the fields that name modules matches.
+
+        **Raises:** `AdapterError` for a pattern that is none.
+        """
+        out: dict[str, Any] = {}
+        for field in ("rank_pattern", "alpha_pattern"):
+            out[field] = _read(field, Table, getattr(self, field))
+        for field in ("target_modules", "exclude_modules", "target_parameters"):
+            names = getattr(self, field) or []
+            kind = Whole if isinstance(names, str) else Ends
+            out[field] = _read(field, kind, names)
+        return out
 
     @property
     def ties(self) -> bool:
@@ -102,7 +122,7 @@ class Config:
         does if it is told to, and knows one of the modules by its name."""
         names = self.target_modules or []
         if isinstance(names, str):
-            known = any(_matches(names, name) for name in EMBEDDINGS)
+            known = any(self._is_named("target_modules", x) for x in EMBEDDINGS)
         else:
             known = any(name.split(".")[-1] in EMBEDDINGS for name in names)
         saved = (name.split(".")[-1] for name in self.modules_to_save or [])
@@ -116,7 +136,7 @@ class Config:
             return True
         regexes = map(_layer_regex, _listed(self.layers_pattern))
         for regex in [*regexes] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if match := _compiled(regex).match(module):
+            if match := compiled(regex).match(module):
                 index = match["idx"]
                 return index is not None and int(index) in _listed(layers)
         return False
@@ -209,18 +229,24 @@ def _check(path: Path, config: Config) -> None:
             "takes the update out of the transposed weight."
         )
     # As they are used: a flag, say, is allowed at the beginning alone.
-    wholes = config.target_modules, config.exclude_modules
-    regexes = {x: x for x in wholes if isinstance(x, str)}
-    regexes |= {x: _end_regex(x) for x in (*config.rank_pattern, *config.alpha_pattern)}
-    regexes |= {x: _saved_regex(x) for x in config.modules_to_save or ()}
+    regexes = {x: _saved_regex(x) for x in config.modules_to_save or ()}
     regexes |= {x: _layer_regex(x) for x in _listed(config.layers_pattern)}
-    for pattern, regex in regexes.items():
-        try:
-            re.compile(regex)
-        except (re.error, RecursionError, OverflowError) as e:
-            raise AdapterError(
-                f"{path}: {pattern!r:.80} is not a regular expression: {e}."
-            ) from e
+    if len(regexes) > _MOST:
+        raise AdapterError(f"{path}: `modules_to_save` names more than {_MOST}.")
+    try:
+        for pattern, regex in regexes.items():
+            _read(pattern, compiled, regex)
+        assert config._tables  # What is wrong with the others is an error now.
+    except ValueError as e:
+        raise AdapterError(f"{path}: {e}") from e
+
+
+def _read(field: str, kind: Callable, patterns: Any) -> Any:
+    try:
+        return kind(patterns)
+    except ValueError as e:
+        what = patterns if isinstance(patterns, str) else field
+        raise ValueError(f"{what!r:.80} cannot be matched: {e}.") from e
 
 
 def _is_off(x) -> bool:
@@ -279,34 +305,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# There may be one for each layer, more than the `re` module remembers.
-_compiled = ft.cache(re.compile)
-
-
-def _end_regex(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
-
-
 def _saved_regex(pattern: str) -> str:
     return rf"(^|.*\.){pattern}($|\..*)"
 
 
 def _layer_regex(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-
-
-def _by_pattern(patterns: Mapping[str, Any], name: str, default):
-    for pattern, value in patterns.items():
-        if _compiled(_end_regex(pattern)).match(name):
-            return value
-    return default
-
-
-def _matches(names: list[str] | str | None, path: str) -> bool:
-    """A list has names or the ends of names, a string is a regular expression."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names or [])
 
 
 def _listed(x) -> list:
