@@ -1,6 +1,7 @@
 """What the commands share of the world outside: where they print, where they may
 write, and the file that `--names` names."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -61,5 +62,33 @@ def read_names(path: Path | None) -> dict[str, str] | None:
     return names
 
 
-def namer(path: Path | None) -> Namer:
-    return Namer(read_names(path))
+def namer(path: Path | None, weights: Iterable[str]) -> Namer:
+    """From the names of an adapter to those wanted.
+
+    The mapping may be the one that `lora_quax.peft.save` takes, which for an adapter of
+    PEFT is the other way round: it is turned if none of its entries is of use.
+    """
+    names = read_names(path)
+    if names is None:
+        return Namer(None)
+    weights, there, back = [*weights], Namer(names), inverse(names)
+    for weight in weights:
+        there(weight)
+    if back is not None and there.unused == set(names):
+        other = Namer(back)
+        for weight in weights:
+            other(weight)
+        if other.unused != set(back):
+            return Namer(back)
+    return Namer(names)
+
+
+def inverse(names: dict[str, str]) -> dict[str, str] | None:
+    """A mapping the other way round, if there is one."""
+    out = {name: key for key, name in names.items()}
+    segments = lambda name: name.split(".").count("{}")
+    alike = all(
+        key.count("{}") == name.count("{}") == segments(key) == segments(name)
+        for key, name in names.items()
+    )
+    return out if alike and len(out) == len(names) else None

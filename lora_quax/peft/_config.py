@@ -9,7 +9,7 @@ import functools as ft
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,11 @@ EMBEDDINGS = "embed_tokens", "lm_head"  # That PEFT knows, by the ends of their 
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
+    # What an initialisation was told, and may be left of it after a conversion.
+    "corda_config",
     "eva_config",
+    "loftq_config",
+    "lora_ga_config",
     "inference_mode",
     "lora_dropout",
     "megatron_config",
@@ -42,7 +46,9 @@ _HARMLESS = {
 }
 _MOST = 1000  # Patterns that are tried one by one.
 # These leave the base as it is; others take the first update out of it.
-_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# These PEFT knows by any case.
+_ANY_CASE = "gaussian", "olora", "mica"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +148,10 @@ class Config:
         return False
 
 
-def read_config(folder: Path) -> tuple[Config, str | None]:
-    """The configuration and its mark, if it has one.
+def read_config(
+    folder: Path, ignore: Collection[str] = ()
+) -> tuple[Config, str | None]:
+    """The configuration, less the fields to ignore, and its mark, if it has one.
 
     **Raises:** `AdapterError` if it is no configuration of LoRA, or of a kind of it
     that is not known here; `FileNotFoundError`."""
@@ -162,10 +170,11 @@ def read_config(folder: Path) -> tuple[Config, str | None]:
                 raise AdapterError(
                     f"{path}: `{name}` must be {kind}, got {value!r:.80}."
                 )
-        elif name not in _HARMLESS and not _is_off(value):
+        elif name not in (*_HARMLESS, *ignore) and not _is_off(value):
             raise AdapterError(
                 f"{path}: `{name}` is {value!r:.80}. What an adapter with that "
-                "computes is not known here."
+                "computes is not known here. If it changes nothing, leave it out by "
+                f"`lora_quax.peft.load(..., ignore=[{name!r:.80}])`."
             )
     # A field that is null is as good as absent.
     given = {name: x for name, x in fields.items() if name in _KINDS and x is not None}
@@ -176,6 +185,9 @@ def read_config(folder: Path) -> tuple[Config, str | None]:
                 "not be what the adapter was trained with."
             )
     config = Config(**given)
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() in _ANY_CASE:
+        config = dataclasses.replace(config, init_lora_weights=init.lower())
     _check(path, config)
     return config, _mark_of(fields)
 

@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,19 +43,34 @@ class PeftAdapter(NamedTuple):
 
 def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
     """Where an adapter lies: one that is not the default has a folder of its own."""
-    if not re.fullmatch(r"[\w-]+", adapter_name):
+    if (
+        not adapter_name.isprintable()
+        or not adapter_name
+        or {*adapter_name} & {*"./\\:"}
+    ):
         raise ValueError(
-            "`adapter_name` must be of letters, digits, '_' and '-', got "
-            f"{adapter_name!r}."
+            "`adapter_name` must be the name of a folder and of a module of PyTorch, "
+            f"with no dots or slashes, got {adapter_name!r}."
         )
     return Path(directory) / ("" if adapter_name == "default" else adapter_name)
 
 
-def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAdapter:
+def read(
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+    ignore: Collection[str] = (),
+) -> PeftAdapter:
     """**Raises:** `FileNotFoundError`; `AdapterError` if the files are no adapter."""
     folder = folder_of(directory, adapter_name)
+    if folder.is_file():
+        raise AdapterError(
+            f"{folder} is a file; an adapter of PEFT is a folder. What "
+            "`lora_quax.save_adapter` wrote is read by `lora_quax.load_adapter`."
+        )
     path = folder / FILE
-    config, tensors = _pair(folder)
+    config, tensors = _pair(folder, ignore)
+    if not tensors:
+        raise AdapterError(f"{path} holds no tensors.")
     problems = []
     sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     biases, values = {}, {}
@@ -91,11 +107,13 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
     return PeftAdapter(path, config, updates, biases, plain)
 
 
-def _pair(folder: Path) -> tuple[Config, dict[str, np.ndarray]]:
+def _pair(
+    folder: Path, ignore: Collection[str]
+) -> tuple[Config, dict[str, np.ndarray]]:
     """The configuration and the tensors, of one writing."""
     path = folder / FILE
     for _ in range(_TRIES):
-        config, mark = read_config(folder)
+        config, mark = read_config(folder, ignore)
         if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{pickled} is a pickle, which can run any code, and is not read. "

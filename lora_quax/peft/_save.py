@@ -19,6 +19,7 @@ from .._model.merge import refuse_partial
 from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
 from . import _config, _read
+from ._consumers import check_consumer, Consumer, for_consumer, refuse_for
 from ._layout import SUFFIXES
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX
@@ -42,6 +43,7 @@ def save(
     fan_in_fan_out: bool = False,
     use_rslora: bool = False,
     ensure_weight_tying: bool | None = None,
+    consumer: Consumer = "peft",
 ) -> None:
     """Writes the adapter of a model as PEFT writes one.
 
@@ -96,6 +98,10 @@ def save(
         as is right for a model that ties nothing. Note that PEFT 0.21 adds the update
         of a tied embedding twice when it merges; unmerged it computes what is computed
         here, and so does `lora_quax.merge`.
+    - `consumer`: who is to read it: `"peft"`, or `"vllm"` or `"llama.cpp"`, which know
+        one rank and one alpha for all modules: where these differ, factors are filled
+        up with zeros and scalings go into B, in float32 at least. What they do not take
+        at all is refused: see the page on consumers in the documentation.
 
     **Raises:** `ValueError` if there is no low-rank update, if a leaf is missing, if
     `names` or `transposed` matches nothing, if `base` differs in what would not be
@@ -103,6 +109,9 @@ def save(
     the model is abstract or traced. Nothing is written then. `OSError` if the files
     cannot be written.
     """
+    check_consumer(consumer)
+    if use_rslora and consumer != "peft":
+        raise ValueError(f"`use_rslora` is not known to {consumer}; leave it out.")
     refuse_partial(model)
     before = base if initial is None else initial
     if before is not None:
@@ -113,6 +122,7 @@ def save(
     updates |= {
         x.name: of_alias(updates[x.source], x) for x in aliases if x.source in updates
     }
+    updates = for_consumer(consumer, updates)
     parameters = [
         name
         for name, update in updates.items()
@@ -157,6 +167,7 @@ def save(
             if key in tensors:
                 module, name = split(x.name)
                 tensors[f"{PREFIX}{module}.{infix}{name}"] = tensors[key]
+    refuse_for(consumer, updates, fields, tensors)
     folder = folder_of(directory, adapter_name)
     fields, mark = _config.marked(fields)
     metadata = {"format": "pt", _config.MARK: mark}
