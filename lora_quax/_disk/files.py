@@ -31,8 +31,8 @@ class AdapterError(ValueError):
 
 
 _LONGEST_MESSAGE = 20_000
-_LONGEST_PROBLEM = 500
-_MOST_PROBLEMS = 100
+_LONGEST_PROBLEM = 300
+_MOST_PROBLEMS = 50
 
 
 def refuse(what: str, problems: Iterable[str]) -> None:
