@@ -73,7 +73,7 @@ REFUSED = {
         {"q": 1, "conv": 1},
         "`conv.weight` is adapted, conv",
     ),
-    "vllm, experts": ("vllm", {"q": 1, "experts": 1}, "`experts` is adapted"),
+    "vllm, experts": ("vllm", {"q": 1, "experts": 1}, "`moe.experts` is adapted"),
     "vllm, a bias": ("vllm", {"q": 1, "q.bias": "full"}, "biases are trained"),
     "vllm, a module": ("vllm", {"q": 1, "embed": "full"}, "`embed` is trained in full"),
     "llama.cpp, a head": (
@@ -107,6 +107,6 @@ def test_vllm_takes_a_head(tmp_path):
 def test_no_such_consumer(tmp_path):
     model = adapted(net(), targets={"q": 1})
     with pytest.raises(ValueError, match="`consumer` must be 'peft' or 'vllm'"):
-        peft.save(tmp_path, model, consumer="ollama")  # type: ignore
+        peft.save(tmp_path, model, consumer="ollama")
     with pytest.raises(ValueError, match="`use_rslora` is not known to vllm"):
         peft.save(tmp_path, model, consumer="vllm", use_rslora=True)

@@ -4,16 +4,13 @@ What each of them takes is in `docs/consumers.md`.
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from .._model.names import split
 from ._update import ParameterUpdate
-
-
-Consumer: TypeAlias = Literal["peft", "vllm", "llama.cpp"]
 
 
 class _Takes(NamedTuple):
@@ -37,7 +34,7 @@ def check_consumer(consumer: str) -> None:
 
 
 def for_consumer(
-    consumer: Consumer, updates: dict[str, ParameterUpdate]
+    consumer: str, updates: dict[str, ParameterUpdate]
 ) -> dict[str, ParameterUpdate]:
     """Updates of one rank and one alpha, where a consumer knows no more than these.
 
@@ -61,7 +58,7 @@ def _folded(x: ParameterUpdate, rank: int) -> ParameterUpdate:
 
 
 def refuse_for(
-    consumer: Consumer,
+    consumer: str,
     updates: Mapping[str, ParameterUpdate],
     fields: Mapping[str, Any],
     tensors: Mapping[str, Any],

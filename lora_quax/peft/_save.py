@@ -19,7 +19,7 @@ from .._model.merge import refuse_partial
 from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
 from . import _config, _read
-from ._consumers import check_consumer, Consumer, for_consumer, refuse_for
+from ._consumers import check_consumer, for_consumer, refuse_for
 from ._layout import SUFFIXES
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX
@@ -43,7 +43,7 @@ def save(
     fan_in_fan_out: bool = False,
     use_rslora: bool = False,
     ensure_weight_tying: bool | None = None,
-    consumer: Consumer = "peft",
+    consumer: str = "peft",
 ) -> None:
     """Writes the adapter of a model as PEFT writes one.
 
