@@ -14,6 +14,7 @@ from ._arrays.misuse import UnquaxifiedError as UnquaxifiedError
 from ._arrays.scaled import ScaledArray as ScaledArray
 from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_adapter
 from ._disk.files import AdapterError as AdapterError
+from ._disk.model import load_model as load_model, save_model as save_model
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
 from ._model.summary import summary as summary
@@ -45,12 +46,14 @@ __all__ = [
     "init",
     "labels",
     "load_adapter",
+    "load_model",
     "loraify",
     "merge",
     "partition",
     "peft",
     "role",
     "save_adapter",
+    "save_model",
     "summary",
     "trainable",
     "unload",

@@ -1,6 +1,7 @@
 """The command line: arguments and exit codes. What the commands do is in `_cli`."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,18 @@ from ._cli.convert import convert
 from ._cli.diff import diff
 from ._cli.inspect import inspect
 from ._cli.merge import merge
+from ._disk.files import legible
 
 
+_LONGEST = 20_000
 _ADAPTER = (
     "An adapter is a file that lora_quax.save_adapter wrote, or a folder that PEFT or "
     "lora_quax.peft.save wrote. Neither a model nor PyTorch is needed."
 )
 _NAMES = (
     "JSON object from names in {} to names in {}, by their beginnings, as for "
-    "lora_quax.peft: '{{}}' stands for any segment"
+    "lora_quax.peft: '{{}}' stands for any segment. For an adapter of PEFT it may be "
+    "the other way round, as for lora_quax.peft.load"
 )
 
 
@@ -57,7 +61,7 @@ def _parser() -> _Parser:
 
     added = command(
         "diff",
-        lambda args: diff(args.one, args.other),
+        lambda args: diff(args.one, args.other, args.names),
         "show in what two adapters differ",
         "The relative difference of two updates is |X - Y| / max(|X|, |Y|) in the "
         f"Frobenius norm. Exit code 0 if nothing differs, 1 if something does. "
@@ -65,6 +69,7 @@ def _parser() -> _Parser:
     )
     added.add_argument("one", type=Path, metavar="A", help="an adapter")
     added.add_argument("other", type=Path, metavar="B", help="another one")
+    _add_names(added, "A", "B")
 
     added = command(
         "convert",
@@ -98,7 +103,9 @@ def _parser() -> _Parser:
 
     added = command(
         "merge",
-        lambda args: merge(args.base, args.adapter, args.out, args.names, args.square),
+        lambda args: merge(
+            args.base, args.adapter, args.out, args.names, args.square, args.tied
+        ),
         "fold an adapter into a base model",
         "BASE is a file *.safetensors or a folder of them. Sums are taken in float32 "
         "(float64 if either is) and rounded once to the type of the base; names, "
@@ -116,6 +123,11 @@ def _parser() -> _Parser:
         choices=("out-in", "in-out"),
         help="how BASE keeps square weights, where nothing else tells",
     )
+    added.add_argument(
+        "--tied",
+        action="store_true",
+        help="what adapts the embedding adapts the head that BASE ties to it",
+    )
     return parser
 
 
@@ -129,11 +141,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. **Returns:** the exit code."""
     try:
         args = _parser().parse_args(arguments)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever reads has enough. Python would complain of it once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (OSError, TypeError, ValueError) as e:
-        print(f"lora_quax: error: {e}", file=sys.stderr)
+        text = legible(str(e), _LONGEST)
+        print(f"lora_quax: error: {text}", file=sys.stderr)
+        return 2
+    except MemoryError as e:
+        print(f"lora_quax: error: the memory does not suffice. {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("lora_quax: stopped", file=sys.stderr)
         return 130
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -949,3 +950,146 @@ def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out == f"lora_quax {lora_quax.__version__}\n"
+
+
+def test_a_merge_takes_some_rows_at_a_time(tmp_path, monkeypatch):
+    from lora_quax._cli import merge
+
+    base = draw(1024, 2048)
+    adapter = write_peft(tmp_path / "p", factors(base.shape), target_modules=["q"])
+    safetensors.numpy.save_file({"q.weight": base}, tmp_path / "b.safetensors")
+    assert run("merge", tmp_path / "b.safetensors", adapter, tmp_path / "one") == 0
+    monkeypatch.setattr(merge, "_BLOCK", 1 << 14)
+    tracemalloc.start()
+    try:
+        assert run("merge", tmp_path / "b.safetensors", adapter, tmp_path / "two") == 0
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < base.nbytes / 2
+    one, two = (
+        safetensors.numpy.load_file(tmp_path / name)["q.weight"]
+        for name in ("one", "two")
+    )
+    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+    assert np.abs(one - base).max() > 0.1
+
+
+def factors(shape):
+    start = "q"
+    return {
+        f"{start}.lora_A.weight": draw(2, shape[1]),
+        f"{start}.lora_B.weight": draw(shape[0], 2),
+    }
+
+
+def test_too_little_memory_is_an_error(capsys, monkeypatch):
+    def inspect(path):
+        raise MemoryError("Unable to allocate 7 TiB")
+
+    monkeypatch.setattr("lora_quax.__main__.inspect", inspect)
+    assert run("inspect", "x") == 2
+    assert capsys.readouterr().err == (
+        "lora_quax: error: the memory does not suffice. Unable to allocate 7 TiB\n"
+    )
+
+
+def test_a_reader_who_has_enough_is_no_error(net, tmp_path):
+    lora_quax.save_adapter(tmp_path / "a", model(net, "everything"))
+    command = [sys.executable, "-m", "lora_quax", "inspect", str(tmp_path / "a")]
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert program.stdout is not None and program.stderr is not None
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    assert program.wait() == 141
+
+
+def tied_base(folder: Path, **config) -> Path:
+    folder.mkdir()
+    tensors = {"embed_tokens.weight": draw(7, 4), "q.weight": draw(4, 4)}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    about = {"tie_word_embeddings": True, "vocab_size": 7, **config}
+    (folder / "config.json").write_text(json.dumps(about))
+    return folder
+
+
+def embedding_and_head(scale=1.0):
+    A, B = draw(2, 7), draw(4, 2)
+    head = {"lora_A.weight": scale * B.T, "lora_B.weight": A.T}
+    head = {name: np.ascontiguousarray(x) for name, x in head.items()}
+    table = {"lora_embedding_A": A, "lora_embedding_B": B}
+    return (
+        {f"embed_tokens.{name}": x for name, x in table.items()},
+        {f"lm_head.{name}": x for name, x in head.items()},
+    )
+
+
+TIED = {
+    "said by the adapter": (True, True, {}, (), True),
+    "said, with no factors for the head": (True, False, {}, (), True),
+    "equal factors": (False, True, {}, (), True),
+    "said by the user": (False, False, {}, ("--tied",), True),
+    "not said": (False, False, {}, (), False),
+    "not tied": (False, False, {"tie_word_embeddings": False}, (), True),
+    "tied below": (
+        False,
+        False,
+        {"tie_word_embeddings": None, "text_config": {"tie_word_embeddings": True}},
+        (),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TIED.values(), ids=TIED)
+def test_a_base_whose_head_is_its_embedding(tmp_path, capsys, case):
+    ensures, has_head, config, flags, merges = case
+    base = tied_base(tmp_path / "base", **config)
+    table, head = embedding_and_head()
+    tensors = table | (head if has_head else {})
+    adapter = write_peft(
+        tmp_path / "p",
+        tensors,
+        target_modules=["embed_tokens", "lm_head"],
+        ensure_weight_tying=ensures,
+    )
+    arguments = "merge", base, adapter, tmp_path / "out", *flags
+    if not merges:
+        assert "says that the head of the base is its embedding" in fails(
+            capsys, *arguments
+        )
+        assert not (tmp_path / "out").exists()
+        return
+    assert run(*arguments) == 0
+    merged = tensors_of(tmp_path / "out" / "model.safetensors")
+    before = tensors_of(base / "model.safetensors")
+    A, B = table.values()
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    scaling = settings["lora_alpha"] / settings["r"]
+    want = before["embed_tokens.weight"] + scaling * (B @ A).T
+    np.testing.assert_allclose(merged["embed_tokens.weight"], want, atol=1e-6)
+    assert equal_bits({"q": merged["q.weight"]}, {"q": before["q.weight"]})
+
+
+def test_the_mapping_of_peft_serves_either_way(net, tmp_path):
+    first = model(net, "linear of two ranks")
+    lora_quax.save_adapter(tmp_path / "a", first)
+    names = tmp_path / "names.json"
+    names.write_text('{"layers.{}": "model.blocks.{}.q_proj"}')
+    option = "--names", names
+    assert run("convert", tmp_path / "a", tmp_path / "p", *option) == 0
+    assert run("convert", tmp_path / "p", tmp_path / "b", *option) == 0
+    assert equal_bits(tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b"))
+    assert run("diff", tmp_path / "a", tmp_path / "b") == 0
+    for one, other in ("a", "p"), ("p", "a"):
+        assert run("diff", tmp_path / one, tmp_path / other) == 1
+        assert run("diff", tmp_path / one, tmp_path / other, *option) == 0
+    # A base as lora_quax.save_model writes it.
+    lora_quax.save_model(tmp_path / "base", net)
+    merge = "merge", tmp_path / "base", tmp_path / "p", tmp_path / "out", *option
+    assert run(*merge) == 0
+    got = lora_quax.load_model(tmp_path / "out", net)
+    for x, y in zip(*map(jax.tree.leaves, (got, lora_quax.merge(first)))):
+        np.testing.assert_allclose(x, y, atol=1e-5)

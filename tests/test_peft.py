@@ -1004,3 +1004,10 @@ HARMLESS = {
 def test_fields_that_change_nothing(name, sound):
     _, load, _ = sound
     assert bits(load(**HARMLESS[name])) == bits(load())
+
+
+def test_a_module_called_as_what_peft_puts_around_one(tmp_path):
+    model = {"q": {"base_layer": linear(), "q": linear()}}
+    model = adapted(model, {"base_layer.weight": True, "base_layer.bias": "full"})
+    exported(tmp_path, model)
+    assert bits(peft.load(tmp_path, unload(model))) == bits(model)

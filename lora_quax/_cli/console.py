@@ -1,12 +1,14 @@
 """What the commands share of the world outside: where they print, where they may
 write, and the file that `--names` names."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
 from .._disk.files import AdapterError, read_json
-from ..peft._names import Namer
+from .._disk.whole import clear_leftovers
+from .._model.names import Namer
 
 
 _WIDE = 10_000  # A path is never cut off for want of room.
@@ -37,6 +39,8 @@ def refuse_existing(path: Path) -> None:
 
     **Raises:** `FileExistsError`; `FileNotFoundError` if it would be in no folder.
     """
+    if path.is_dir():
+        clear_leftovers(path)
     is_empty = path.is_dir() and not any(path.iterdir())
     if (path.exists() or path.is_symlink()) and not is_empty:
         what = "is not empty" if path.is_dir() else "exists"
@@ -58,5 +62,33 @@ def read_names(path: Path | None) -> dict[str, str] | None:
     return names
 
 
-def namer(path: Path | None) -> Namer:
-    return Namer(read_names(path))
+def namer(path: Path | None, weights: Iterable[str]) -> Namer:
+    """From the names of an adapter to those wanted.
+
+    The mapping may be the one that `lora_quax.peft.save` takes, which for an adapter of
+    PEFT is the other way round: it is turned if none of its entries is of use.
+    """
+    names = read_names(path)
+    if names is None:
+        return Namer(None)
+    weights, there, back = [*weights], Namer(names), inverse(names)
+    for weight in weights:
+        there(weight)
+    if back is not None and there.unused == set(names):
+        other = Namer(back)
+        for weight in weights:
+            other(weight)
+        if other.unused != set(back):
+            return Namer(back)
+    return Namer(names)
+
+
+def inverse(names: dict[str, str]) -> dict[str, str] | None:
+    """A mapping the other way round, if there is one."""
+    out = {name: key for key, name in names.items()}
+    segments = lambda name: name.split(".").count("{}")
+    alike = all(
+        key.count("{}") == name.count("{}") == segments(key) == segments(name)
+        for key, name in names.items()
+    )
+    return out if alike and len(out) == len(names) else None

@@ -18,10 +18,10 @@ from .._arrays.low_rank import LowRankArray
 from .._disk.adapter import differences, read_adapter, written
 from .._disk.description import base_type, build, NONSENSE, said
 from .._disk.files import AdapterError, refuse
+from .._model.names import split
 from .._model.paths import dotted, join, named
 from ..peft._config import Config
 from ..peft._layout import from_peft, Kind, refuse_groups
-from ..peft._names import split
 from ..peft._read import Factors, FILE, PeftAdapter, read
 
 
@@ -49,11 +49,13 @@ class Update(NamedTuple):
     def dtype(self) -> str:
         return " and ".join(dict.fromkeys((self.a.dtype.name, self.b.dtype.name)))
 
-    def dense(self, dtype, index: tuple[int, ...] = ()) -> np.ndarray:
-        """The update as an array of the weight's shape, or one slice of its stack."""
-        a, b = (x[index].astype(dtype) for x in (self.a, self.b))
-        product = np.asarray(self.scaling, dtype) * (b @ a)
-        return product.reshape(self.shape[len(index) :])
+    def sides(self, index: tuple[int, ...], turned: bool) -> tuple[Any, Any]:
+        """The factors of one slice of its stack, as `(n, rows, rank)` and `(n, rank,
+        cols)` for n weights in a row; with rows and columns swapped if it is turned."""
+        a, b = self.a[index], self.b[index]
+        if turned:
+            a, b = b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+        return b.reshape(-1, *b.shape[-2:]), a.reshape(-1, *a.shape[-2:])
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Two factors in float64, whose product is the update, scaling and all."""
@@ -79,6 +81,7 @@ class Content(NamedTuple):
     added: dict[str, Added]  # bias -> what is added to it
     fan_in_fan_out: bool = False
     initialisation: bool | str | None = True  # by PEFT's names; it may change the base
+    ties: bool = False  # whether what adapts the embedding adapts the head
 
 
 def read_content(path: Path) -> Content:
@@ -274,7 +277,7 @@ def content_of_peft(adapter: PeftAdapter) -> Content:
     for module, x in adapter.biases.items():
         added[join(module, "bias")] = Added(x, config.scaling(module))
     refuse(f"The adapter {adapter.path.parent} is not sound", problems)
-    flags = config.fan_in_fan_out, config.init_lora_weights
+    flags = config.fan_in_fan_out, config.init_lora_weights, config.ties
     return Content(adapter.path.parent, "PEFT", updates, adapter.values, added, *flags)
 
 

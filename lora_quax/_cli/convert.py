@@ -50,7 +50,9 @@ def _to_ours(
     if goal.is_dir():
         raise IsADirectoryError(f"{goal} is a folder; a file is to be written.")
     adapter = read(source)
-    skeleton = skeleton_of_peft(content_of_peft(adapter), namer(names), transposed)
+    content = content_of_peft(adapter)
+    called = namer(names, [*content.updates, *content.values])
+    skeleton = skeleton_of_peft(content, called, transposed)
     in_peft = skeleton.names.__getitem__
     model = put_around(adapter, skeleton.tree, names=in_peft, transposed=transposed)
     save_adapter(goal, model)

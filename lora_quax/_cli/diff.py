@@ -6,12 +6,20 @@ import numpy as np
 
 from .._disk.exchange import same_bits
 from ..peft._initial import INITIALISATIONS
+from .console import namer
 from .content import Content, norm_of_product, read_content, Update
 
 
-def diff(one: Path, other: Path) -> int:
+def diff(one: Path, other: Path, names: Path | None = None) -> int:
     """Prints what differs, a line each. **Returns:** 0 if nothing does, 1 otherwise."""
     first, second = read_content(one), read_content(other)
+    called = namer(names, [*first.updates, *first.values, *first.added])
+    first = first._replace(
+        updates={called(name): x for name, x in first.updates.items()},
+        values={called(name): x for name, x in first.values.items()},
+        added={called(name): x for name, x in first.added.items()},
+    )
+    called.check()
     lines = [
         *_between(_settings(first), _settings(second), one, other, _of_settings),
         *_between(first.updates, second.updates, one, other, _of_updates),

@@ -2,14 +2,15 @@
 
 A merged tensor has the shape and the type that it had, so that it takes the place that
 it had: a file is copied, and what changes is written over. Names, order, metadata and
-all other tensors stay byte for byte, and one tensor at a time is in memory.
+all other tensors stay byte for byte, and some rows at a time are in memory.
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from rich.progress import Progress
@@ -17,18 +18,17 @@ from rich.progress import Progress
 from .._disk.files import (
     AdapterError,
     open_tensors,
-    read_header,
-    read_json,
-    TensorFile,
-    written_whole,
 )
+from .._disk.shards import INDEX, read_index
+from .._disk.whole import folder_whole, written_whole
 from .console import console, namer, refuse_existing
 from .content import is_finite, read_content, refuse_state
-from .plan import plan, Square, Task, Tensor, Tensors
+from .plan import Part, plan, Square, Task, Tensor, Tensors
+from .tied import settled
 
 
 _SUFFIX = ".safetensors"
-_INDEX = "model.safetensors.index.json"
+_BLOCK = 1 << 22  # Numbers of a tensor that are in memory at a time.
 # Other copies of the weights: they would be those of the model before the merge.
 _WEIGHTS = (
     ".bin .bin.index.json .ckpt .gguf .h5 .h5.index.json .index .msgpack "
@@ -45,42 +45,30 @@ class Base(NamedTuple):
 
 
 def merge(
-    base: Path, adapter: Path, out: Path, names: Path | None, square: Square
+    base: Path,
+    adapter: Path,
+    out: Path,
+    names: Path | None,
+    square: Square,
+    tied: bool = False,
 ) -> int:
     """**Raises:** `AdapterError`, `OSError`; then nothing is written."""
     refuse_existing(out)
     refuse_state(adapter)
-    model = read_base(base)
-    tasks = plan(read_content(adapter), model.tensors, namer(names), square)
-    with _folder(base, out), _progress(len(tasks)) as advance:
-        goals = _goals(base, model, out)
-        with written_whole(*goals.values()) as beside:
-            for source, new in zip(goals, beside):
-                shutil.copyfile(source, new)
-                if source in model.shards:
-                    _fold(source, new, model, tasks, advance)
+    model, content = read_base(base), read_content(adapter)
+    called = namer(names, [*content.updates, *content.values, *content.added])
+    content = settled(base, content, model.tensors, called, tied)
+    tasks = plan(content, model.tensors, called, square)
+    files = [*model.shards, *model.others]
+    to_folder = base.is_dir() or out.is_dir()
+    whole = folder_whole(out, [file.name for file in files])
+    whole = whole if to_folder else written_whole(out)
+    with _progress(len(tasks)) as advance, whole as beside:
+        for source, new in zip(files, beside):
+            shutil.copyfile(source, new)
+            if source in model.shards:
+                _fold(source, new, model, tasks, advance)
     return 0
-
-
-def _goals(base: Path, model: Base, out: Path) -> dict[Path, Path]:
-    """Which file goes where."""
-    if base.is_dir() or out.is_dir():
-        return {file: out / file.name for file in (*model.shards, *model.others)}
-    return {base: out}
-
-
-@contextlib.contextmanager
-def _folder(base: Path, out: Path) -> Iterator[None]:
-    """Makes the folder for a folder's files, and takes it away if anything fails."""
-    is_new = base.is_dir() and not out.exists()
-    if is_new:
-        out.mkdir()
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            out.rmdir()
-        raise
 
 
 @contextlib.contextmanager
@@ -101,39 +89,89 @@ def _fold(
     with open_tensors(source) as file, new.open("r+b") as out:
         for name in file.specs:
             if name in tasks:
-                merged = _merged(file, name, tasks[name])
-                out.seek(model.tensors[name].start)
-                out.write(merged.tobytes())
+                _merge_tensor(
+                    out, name, model.tensors[name], file.dtype(name), tasks[name]
+                )
                 advance()
 
 
-def _merged(file: TensorFile, name: str, task: Task) -> np.ndarray:
-    base = file.read(name)
-    value = base if task.value is None else task.value.reshape(base.shape)
+def _merge_tensor(
+    file: BinaryIO, name: str, tensor: Tensor, dtype: Any, task: Task
+) -> None:
+    """Writes a merged tensor over what it was, a block of rows at a time."""
+    sizes = {_sizes(part) for part in task.parts}
+    # Updates that split a weight in different ways have no rows in common.
+    size = math.prod(tensor.shape)
+    n, rows, cols = sizes.pop() if len(sizes) == 1 else (1, size, 1)
+    step = max(1, _BLOCK // max(1, cols)) if not sizes else size
+    for i in range(n):
+        for start in range(0, rows, max(1, step)):
+            block = Block(i, start, min(start + step, rows), rows, cols)
+            position = tensor.start + block.first * dtype.itemsize
+            file.seek(position)
+            data = file.read(block.size * dtype.itemsize)
+            merged = _merged(np.frombuffer(data, dtype), block, task)
+            if merged is None:
+                raise AdapterError(
+                    f"{tensor.file}: `{name}` with its update is not finite in the "
+                    f"type of the base, {dtype.name}."
+                )
+            file.seek(position)
+            file.write(merged.tobytes())
+
+
+def _sizes(part: Part) -> tuple[int, int, int]:
+    """How many weights in a row, their rows and their columns."""
+    b, a = part.update.sides(part.at, part.turned)
+    return len(b), b.shape[1], a.shape[2]
+
+
+class Block(NamedTuple):
+    """Some rows of one of the weights that a tensor has in a row."""
+
+    weight: int
+    start: int
+    stop: int
+    rows: int  # of the weight
+    cols: int
+
+    @property
+    def first(self) -> int:
+        """Of its numbers among those of the tensor."""
+        return (self.weight * self.rows + self.start) * self.cols
+
+    @property
+    def size(self) -> int:
+        return (self.stop - self.start) * self.cols
+
+    def of(self, x: np.ndarray) -> np.ndarray:
+        """The block of another array of the tensor's size."""
+        return x.reshape(-1)[self.first : self.first + self.size]
+
+
+def _merged(base: np.ndarray, block: Block, task: Task) -> np.ndarray | None:
+    """A block of a merged tensor; `None` if it is not finite, and was before."""
+    value = base if task.value is None else block.of(task.value)
     if base.dtype.kind in "biu":
         return value
     is_wide = np.float64 in (base.dtype, value.dtype)
     dtype = np.float64 if is_wide else np.float32
-    # Rounded once, to the type of the base. Too large a number is an error below.
+    # Rounded once, to the type of the base. Too large a number is no result.
     with np.errstate(over="ignore"):
-        out = _sum(value.astype(dtype), task).astype(base.dtype)
-    if not is_finite(out) and is_finite(base):
-        raise AdapterError(
-            f"{file.path}: `{name}` with its update is not finite in the type of the "
-            f"base, {base.dtype.name}."
-        )
-    return out
+        out = _sum(value.astype(dtype), block, task).astype(base.dtype)
+    return out if is_finite(out) or not is_finite(base) else None
 
 
-def _sum(x: np.ndarray, task: Task) -> np.ndarray:
+def _sum(x: np.ndarray, block: Block, task: Task) -> np.ndarray:
     delta = np.zeros_like(x)
     for part in task.parts:
-        update = part.update.dense(x.dtype, part.at)
-        update = update.swapaxes(-1, -2) if part.turned else update
-        delta += update.reshape(x.shape)
+        b, a = part.update.sides(part.at, part.turned)
+        scaling = np.asarray(part.update.scaling, x.dtype)
+        if _sizes(part) == (len(b), block.rows, block.cols):
+            b, a = b[block.weight, block.start : block.stop], a[block.weight]
+        delta += (scaling * (b.astype(x.dtype) @ a.astype(x.dtype))).reshape(-1)
     for added in task.added:
-        update = np.asarray(added.scaling, x.dtype) * added.x.astype(x.dtype)
-        delta += update.reshape(x.shape)
+        delta += np.asarray(added.scaling, x.dtype) * block.of(added.x).astype(x.dtype)
     # -0 + 0 would be +0: a weight without an update stays bit for bit.
     return np.where(delta == 0, x, x + delta)
 
@@ -148,8 +186,8 @@ def read_base(path: Path) -> Base:
         raise FileNotFoundError(f"There is no file or folder {path}.")
     if not path.is_dir():
         return Base(_tensors(path), [path], [])
-    index = path / _INDEX
-    where = _read_index(index) if index.is_file() else None
+    index = path / INDEX
+    where = read_index(index) if index.is_file() else None
     files = sorted(path.iterdir())
     shards = [file for file in files if file.name.endswith(_SUFFIX)]
     if where is not None:
@@ -162,7 +200,7 @@ def read_base(path: Path) -> Base:
             if name in tensors:
                 raise AdapterError(
                     f"`{name}` is in {tensors[name].file} and in {shard}: which is "
-                    f"meant? A file {_INDEX} would say it."
+                    f"meant? A file {INDEX} would say it."
                 )
             tensors[name] = tensor
     for name, file in (where or {}).items():
@@ -181,23 +219,9 @@ def _is_other(file: Path) -> bool:
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    where = read_json(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise AdapterError(f"{path} has no `weight_map`.")
-    for name, file in where.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise AdapterError(f"{path} has {file!r} for `{name}`, which is no file.")
-    return where
-
-
 def _tensors(path: Path) -> Tensors:
     with open_tensors(path) as file:
-        specs = file.specs
-    with path.open("rb") as file:
-        data = 8 + int.from_bytes(file.read(8), "little")
-    header = read_header(path)
-    return {
-        name: Tensor(path, dtype, shape, data + header[name]["data_offsets"][0])
-        for name, (dtype, shape) in specs.items()
-    }
+        return {
+            name: Tensor(path, dtype, shape, file.starts[name])
+            for name, (dtype, shape) in file.specs.items()
+        }

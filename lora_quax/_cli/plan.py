@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from .._disk.files import refuse
+from .._model.names import Namer, split, stack_axes, unstack
 from ..peft._initial import INITIALISATIONS
-from ..peft._names import Namer, split, stack_axes, unstack
 from .content import Added, arrays_of, Content, is_finite, Update
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._disk.files import AdapterError, refuse
+from .._model.names import Namer, split
 from .._model.paths import join, named
 from .._model.targets import read_pattern
-from ..peft._names import Namer, split
 from .content import Content, read_arrays, Update
 
 

@@ -36,11 +36,11 @@ from .files import (
     parse_json,
     read_tensors,
     write_tensors,
-    written_whole,
 )
 from .fingerprint import check_base, recorded
 from .state import check_state, state_leaves, state_names
 from .version_1 import upgraded
+from .whole import written_whole
 
 
 VERSION = 2

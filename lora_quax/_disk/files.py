@@ -1,37 +1,79 @@
-"""Tensors on disk: safetensors, read as data and written whole.
+"""Tensors on disk: safetensors, read as data, in bounded time and memory.
 
 Parsing and writing are the `safetensors` library's. What it leaves to its caller is
-here: a name that is there twice, a file that is no such file, an array whose numbers do
-not lie in a row, and a write that breaks off halfway.
+here: a name that is there twice, a file that is no such file, a header or a message of
+any size, and an array whose numbers do not lie in a row.
 """
 
 import collections
 import contextlib
-import functools as ft
 import json
+import math
 import os
-import secrets
-import shutil
+import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 
 class AdapterError(ValueError):
-    """A file that is not the adapter it should be, or does not fit the model."""
+    """A file that is not the adapter or the model that it should be, or does not fit
+    the model that it is for."""
+
+    def __init__(self, message: str):
+        # What it quotes of a file may be of any length, and steer a terminal.
+        super().__init__(legible(message, _LONGEST_MESSAGE))
+
+
+_LONGEST_MESSAGE = 20_000
+_LONGEST_PROBLEM = 300
+_MOST_PROBLEMS = 50
 
 
 def refuse(what: str, problems: Iterable[str]) -> None:
     """**Raises:** `AdapterError`, which lists the problems, if there are any."""
-    if lines := "".join(f"\n  - {problem}" for problem in sorted(problems)):
-        raise AdapterError(f"{what}:{lines}")
+    lines = [legible(problem, _LONGEST_PROBLEM) for problem in sorted(problems)]
+    if len(lines) > _MOST_PROBLEMS:
+        rest = f"and {len(lines) - _MOST_PROBLEMS:,} more"
+        lines = [*lines[:_MOST_PROBLEMS], rest]
+    if lines:
+        raise AdapterError(what + ":" + "".join(f"\n  - {line}" for line in lines))
+
+
+def legible(text: str, length: int) -> str:
+    """A text without what is not to be seen, but for the ends of lines, and no longer
+    than that."""
+    if len(text) > length:
+        text = f"{text[:length]}... ({len(text) - length:,} characters more)"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 _LARGEST_HEADER = 100_000_000  # Of the format itself.
+_MOST_VALUES = 2_000_000  # Of JSON: more than a model of a hundred thousand tensors.
+
+
+# By its names for types of number, those of NumPy and of ml_dtypes, which JAX uses.
+_TYPES = dict(
+    BOOL="bool",
+    **{f"I{n}": f"int{n}" for n in (8, 16, 32, 64)},
+    **{f"U{n}": f"uint{n}" for n in (8, 16, 32, 64)},
+    **{f"F{n}": f"float{n}" for n in (16, 32, 64)},
+    BF16="bfloat16",
+    F8_E4M3="float8_e4m3fn",
+    F8_E5M2="float8_e5m2",
+    C64="complex64",
+)
+
+
+def refuse_type(dtype: np.dtype, what: str) -> None:
+    """**Raises:** `TypeError` for a type of number that is not written."""
+    if dtype.name not in _TYPES.values():
+        raise TypeError(f"{what} is of type {dtype.name}, which the format has not.")
 
 
 class TensorFile(NamedTuple):
@@ -40,7 +82,29 @@ class TensorFile(NamedTuple):
     path: Path
     specs: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype as written, shape
     metadata: dict[str, str]
+    starts: dict[str, int]  # name -> where its numbers begin
     handle: Any
+
+    def dtype(self, name: str) -> np.dtype:
+        """**Raises:** `AdapterError` for a type of number that is not known here."""
+        written = self.specs[name][0]
+        if written not in _TYPES:
+            raise AdapterError(
+                f"{self.path}: `{name}` is of type {written}, which is not known here."
+            )
+        return jnp.dtype(_TYPES[written])
+
+    def view(self, name: str) -> np.ndarray:
+        """A tensor in the file, of which is read what is looked at.
+
+        **Raises:** as `dtype`.
+        """
+        dtype, shape = self.dtype(name), self.specs[name][1]
+        start, size = self.starts[name], math.prod(shape)
+        if not size:
+            return np.empty(shape, dtype)
+        rows = np.memmap(self.path, np.uint8, "r", start, (size * dtype.itemsize,))
+        return np.asarray(rows).view(dtype).reshape(shape)
 
     def read(self, name: str) -> np.ndarray:
         """**Raises:** `AdapterError` for a type of number that NumPy does not have."""
@@ -62,15 +126,28 @@ def open_tensors(path: str | os.PathLike) -> Iterator[TensorFile]:
     format, or has a name twice.
     """
     path = Path(path)
-    header = read_header(path)
+    while True:
+        before = _identity(path)
+        header, data = read_header(path)
+        try:
+            file = safetensors.safe_open(path, framework="numpy")
+        except safetensors.SafetensorError as e:
+            raise AdapterError(f"{path} is no sound safetensors file: {e}.") from e
+        if _identity(path) == before:  # Or another was moved there in the meantime.
+            break
     metadata = header.pop("__metadata__", {})
-    try:
-        file = safetensors.safe_open(path, framework="numpy")
-    except safetensors.SafetensorError as e:
-        raise AdapterError(f"{path} is no sound safetensors file: {e}.") from e
     specs = {name: (x["dtype"], tuple(x["shape"])) for name, x in header.items()}
+    starts = {name: data + x["data_offsets"][0] for name, x in header.items()}
     with file as handle:
-        yield TensorFile(path, specs, metadata, handle)
+        yield TensorFile(path, specs, metadata, starts, handle)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
@@ -82,7 +159,11 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         return {name: file.read(name) for name in file.specs}, file.metadata
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where the numbers begin.
+
+    **Raises:** as `open_tensors`.
+    """
     if not path.exists():
         raise FileNotFoundError(f"There is no file {path}.")
     if not path.is_file():
@@ -106,7 +187,7 @@ def read_header(path: Path) -> dict[str, Any]:
         header = parse_json(text)
     except ValueError as e:
         raise AdapterError(f"{path} has a header that cannot be read: {e}.") from e
-    return _check_header(path, header, size - 8 - length)
+    return _check_header(path, header, size - 8 - length), 8 + length
 
 
 def _check_header(path: Path, header, n_bytes: int) -> dict[str, Any]:
@@ -119,7 +200,8 @@ def _check_header(path: Path, header, n_bytes: int) -> dict[str, Any]:
             end = max(end, *x["data_offsets"])
         except (IndexError, KeyError, TypeError) as e:
             raise AdapterError(
-                f"{path} is no safetensors file: its header has {x!r} for `{name}`."
+                f"{path} is no safetensors file: its header has {reprlib.repr(x)} for "
+                f"`{name}`."
             ) from e
     if end > n_bytes:
         raise AdapterError(
@@ -131,7 +213,10 @@ def _check_header(path: Path, header, n_bytes: int) -> dict[str, Any]:
 
 def parse_json(text: str | bytes) -> Any:
     """**Raises:** `ValueError` if it is no JSON, has a name twice, an integer that
-    Python alone could hold, or more levels than anything here has."""
+    Python alone could hold, or more levels or values than anything here has."""
+    marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
+    if sum(text.count(mark) for mark in marks) > _MOST_VALUES:  # type: ignore
+        raise ValueError(f"it holds more than {_MOST_VALUES:,} values")
     try:
         return json.loads(text, object_pairs_hook=_once, parse_int=_bounded)
     except RecursionError as e:
@@ -147,11 +232,12 @@ def _bounded(digits: str) -> int:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, each of whose names must be there once."""
-    counts = collections.Counter(name for name, _ in pairs)
-    twice = [repr(name) for name, n in counts.items() if n > 1]
-    if twice:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = [repr(name) for name, n in counts.items() if n > 1]
         raise ValueError(f"it has {', '.join(twice)} twice")
-    return dict(pairs)
+    return out
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -159,6 +245,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
     **Raises:** `AdapterError` if it holds anything else.
     """
+    size = path.stat().st_size
+    if size > _LARGEST_HEADER:
+        raise AdapterError(f"{path} is of {size:,} bytes, too many for such a file.")
     try:
         out = parse_json(path.read_bytes())
     except ValueError as e:
@@ -171,56 +260,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
-    # The library writes an array's memory as it lies, transposed or not; and were the
-    # file its own, nobody else could read it.
+    """**Raises:** `TypeError` for a type of number that the format does not have."""
+    # The library writes an array's memory as it lies, transposed or not.
     rows = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     rows = {name: x.reshape(tensors[name].shape) for name, x in rows.items()}
-    path.write_bytes(safetensors.numpy.save(rows, metadata))
+    safetensors.numpy.save_file(rows, path, metadata)
+    _sort_metadata(path, metadata)
 
 
-@contextlib.contextmanager
-def written_whole(*paths: Path) -> Iterator[list[Path]]:
-    """Files to write beside their goals, which are moved into place when all are done.
-
-    If anything fails, what was at the goals is still there, and nothing else is. Only a
-    machine that stops between two moves leaves one file new and another old.
-    """
-    for path in paths:
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"There is no folder {path.parent} to write to.")
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; a file is to be written.")
-    beside = [path.with_name(f".{path.name}.{secrets.token_hex(4)}") for path in paths]
-    try:
-        yield beside
-        for new in beside:
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-        _move(dict(zip(beside, paths)))
-    finally:
-        for new in beside:
-            new.unlink(missing_ok=True)
-
-
-def _move(goals: dict[Path, Path]) -> None:
-    """Moves each file to its goal; if one cannot be, those before it are taken back."""
-    with contextlib.ExitStack() as always, contextlib.ExitStack() as on_failure:
-        *first, (last, goal) = goals.items()
-        for new, path in first:
-            back = ft.partial(path.unlink)
-            if path.exists():
-                old = new.with_name(f"{new.name}.old")
-                always.callback(old.unlink, missing_ok=True)
-                _keep(path, old)
-                back = ft.partial(old.replace, path)
-            os.replace(new, path)
-            on_failure.callback(back)
-        os.replace(last, goal)
-        on_failure.pop_all()
-
-
-def _keep(path: Path, copy: Path) -> None:
-    try:
-        os.link(path, copy)
-    except OSError:  # Not every file system has links.
-        shutil.copy2(path, copy)
+def _sort_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """The library has it in any order; equal adapters are to be equal files."""
+    if len(metadata) < 2:
+        return
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        start = header.index(b"{", 1)
+        found, end = json.JSONDecoder().raw_decode(header[start:].decode())
+        text = json.dumps(found, sort_keys=True, separators=(",", ":"))
+        if len(text) == end:  # All of it is ASCII, and written in the same way.
+            file.seek(8 + start)
+            file.write(text.encode())

@@ -6,23 +6,33 @@ The rules by which PEFT matches names are its own, and are followed to the lette
 
 import dataclasses
 import functools as ft
+import hashlib
+import json
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from .._disk.files import AdapterError, read_json
 from ._initial import INITIALISATIONS
+from ._patterns import compiled, Ends, Table, Whole
 
 
 FILE = "adapter_config.json"
+MARK = "lora_quax_config"  # In the metadata of the tensors.
+_PEFT = "0.21.0"  # The version whose format is written.
+
+EMBEDDINGS = "embed_tokens", "lm_head"  # That PEFT knows, by the ends of their names.
 
 # What these say does not change what a finished adapter computes.
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
+    # What an initialisation was told, and may be left of it after a conversion.
+    "corda_config",
     "eva_config",
+    "loftq_config",
+    "lora_ga_config",
     "inference_mode",
     "lora_dropout",
     "megatron_config",
@@ -34,8 +44,11 @@ _HARMLESS = {
     "runtime_config",
     "task_type",
 }
+_MOST = 1000  # Patterns that are tried one by one.
 # These leave the base as it is; others take the first update out of it.
-_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# These PEFT knows by any case.
+_ANY_CASE = "gaussian", "olora", "mica"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +70,15 @@ class Config:
     init_lora_weights: bool | str | None = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    ensure_weight_tying: bool = False
 
     def rank(self, name: str) -> int:
         """The rank of the update of a module or, for `target_parameters`, an array."""
-        return _by_pattern(self.rank_pattern, name, self.r)
+        return self._tables["rank_pattern"].find(name, self.r)
 
     def alpha(self, name: str) -> float:
         """The scaling of the update of a module or an array, times its rank."""
-        alpha = _by_pattern(self.alpha_pattern, name, self.lora_alpha)
+        alpha = self._tables["alpha_pattern"].find(name, self.lora_alpha)
         # With rsLoRA the scaling is alpha / √rank: Kalajdzievski, arXiv 2312.03732.
         return float(alpha * math.sqrt(self.rank(name)) if self.use_rslora else alpha)
 
@@ -74,12 +88,12 @@ class Config:
 
     def targets(self, module: str) -> bool:
         """Whether PEFT gives this module an update, if it is of a kind that can."""
-        if _matches(self.exclude_modules, module):
+        if self._is_named("exclude_modules", module):
             return False
         saved = self.modules_to_save or []
-        if any(_compiled(_saved_regex(name)).match(module) for name in saved):
+        if any(compiled(_saved_regex(name)).match(module) for name in saved):
             return False
-        if not _matches(self.target_modules, module):
+        if not self._is_named("target_modules", module):
             return False
         if isinstance(self.target_modules, str):
             return True
@@ -87,7 +101,40 @@ class Config:
 
     def targets_parameter(self, name: str) -> bool:
         """Whether PEFT gives this array an update, by `target_parameters`."""
-        return _matches(self.target_parameters, name)
+        return self._is_named("target_parameters", name)
+
+    def _is_named(self, field: str, path: str) -> bool:
+        """A list has names or the ends of names, a string is a regular expression."""
+        return self._tables[field].match(path)
+
+    @ft.cached_property
+    def _tables(self) -> dict[str, Any]:
+        """What each of the fields that name modules matches.
+
+        **Raises:** `AdapterError` for a pattern that is none.
+        """
+        out: dict[str, Any] = {}
+        for field in ("rank_pattern", "alpha_pattern"):
+            out[field] = _read(field, Table, getattr(self, field))
+        for field in ("target_modules", "exclude_modules", "target_parameters"):
+            names = getattr(self, field) or []
+            kind = Whole if isinstance(names, str) else Ends
+            out[field] = _read(field, kind, names)
+        return out
+
+    @property
+    def ties(self) -> bool:
+        """Whether PEFT adapts the head as it does the embedding that it is tied to: it
+        does if it is told to, and knows one of the modules by its name."""
+        names = self.target_modules or []
+        if isinstance(names, str):
+            known = any(self._is_named("target_modules", x) for x in EMBEDDINGS)
+        else:
+            known = any(name.split(".")[-1] in EMBEDDINGS for name in names)
+        saved = (name.split(".")[-1] for name in self.modules_to_save or [])
+        return self.ensure_weight_tying and (
+            known or not {*EMBEDDINGS}.isdisjoint(saved)
+        )
 
     def _is_chosen_layer(self, module: str) -> bool:
         layers = self.layers_to_transform
@@ -95,14 +142,18 @@ class Config:
             return True
         regexes = map(_layer_regex, _listed(self.layers_pattern))
         for regex in [*regexes] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            if match := _compiled(regex).match(module):
+            if match := compiled(regex).match(module):
                 index = match["idx"]
                 return index is not None and int(index) in _listed(layers)
         return False
 
 
-def read_config(folder: Path) -> Config:
-    """**Raises:** `AdapterError` if it is no configuration of LoRA, or of a kind of it
+def read_config(
+    folder: Path, ignore: Collection[str] = ()
+) -> tuple[Config, str | None]:
+    """The configuration, less the fields to ignore, and its mark, if it has one.
+
+    **Raises:** `AdapterError` if it is no configuration of LoRA, or of a kind of it
     that is not known here; `FileNotFoundError`."""
     path = folder / FILE
     if not path.is_file():
@@ -110,17 +161,20 @@ def read_config(folder: Path) -> Config:
     fields = read_json(path)
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
-            f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r}."
+            f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r:.80}."
         )
     for name, value in fields.items():
         if name in _KINDS:
             kind, is_kind = _KINDS[name]
             if value is not None and not is_kind(value):
-                raise AdapterError(f"{path}: `{name}` must be {kind}, got {value!r}.")
-        elif name not in _HARMLESS and not _is_off(value):
+                raise AdapterError(
+                    f"{path}: `{name}` must be {kind}, got {value!r:.80}."
+                )
+        elif name not in (*_HARMLESS, *ignore) and not _is_off(value):
             raise AdapterError(
-                f"{path}: `{name}` is {value!r}. What an adapter with that computes is "
-                "not known here."
+                f"{path}: `{name}` is {value!r:.80}. What an adapter with that "
+                "computes is not known here. If it changes nothing, leave it out by "
+                f"`lora_quax.peft.load(..., ignore=[{name!r:.80}])`."
             )
     # A field that is null is as good as absent.
     given = {name: x for name, x in fields.items() if name in _KINDS and x is not None}
@@ -131,8 +185,29 @@ def read_config(folder: Path) -> Config:
                 "not be what the adapter was trained with."
             )
     config = Config(**given)
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.lower() in _ANY_CASE:
+        config = dataclasses.replace(config, init_lora_weights=init.lower())
     _check(path, config)
-    return config
+    return config, _mark_of(fields)
+
+
+def marked(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """A configuration with a mark that tells it from others, and the mark.
+
+    It is written with the tensors as well: the two files are moved one after the other,
+    so that a reader beside two writers may find those of one with these of the other.
+    PEFT's field for its version may have more behind an `@`, which it leaves out.
+    """
+    text = json.dumps(fields, sort_keys=True)
+    mark = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {**fields, "peft_version": f"{_PEFT}@lora_quax.{mark}"}, mark
+
+
+def _mark_of(fields: dict[str, Any]) -> str | None:
+    version = fields.get("peft_version")
+    mark = str(version).partition("@lora_quax.")[2]
+    return mark or None
 
 
 def _what_there_is(folder: Path) -> str:
@@ -151,13 +226,13 @@ def _check(path: Path, config: Config) -> None:
     if not all(map(math.isfinite, alphas)):
         raise AdapterError(f"{path}: an alpha is not finite.")
     if config.bias not in ("none", "all", "lora_only"):
-        raise AdapterError(f"{path}: `bias` is {config.bias!r}.")
+        raise AdapterError(f"{path}: `bias` is {config.bias!r:.80}.")
     init = config.init_lora_weights
     if init not in (*_KEEP_THE_BASE, *INITIALISATIONS):
         raise AdapterError(
-            f"{path}: `init_lora_weights` is {init!r}, by which PEFT changes the base "
-            "when it loads the adapter, in a way that cannot be repeated here. Save it "
-            "in a form that works on the untouched base, with PEFT's "
+            f"{path}: `init_lora_weights` is {init!r:.80}, by which PEFT changes the "
+            "base when it loads the adapter, in a way that cannot be repeated here. "
+            "Save it in a form that works on the untouched base, with PEFT's "
             "`path_initial_model_for_weight_conversion`."
         )
     if init == "olora" and config.fan_in_fan_out:
@@ -166,18 +241,24 @@ def _check(path: Path, config: Config) -> None:
             "takes the update out of the transposed weight."
         )
     # As they are used: a flag, say, is allowed at the beginning alone.
-    wholes = config.target_modules, config.exclude_modules
-    regexes = {x: x for x in wholes if isinstance(x, str)}
-    regexes |= {x: _end_regex(x) for x in (*config.rank_pattern, *config.alpha_pattern)}
-    regexes |= {x: _saved_regex(x) for x in config.modules_to_save or ()}
+    regexes = {x: _saved_regex(x) for x in config.modules_to_save or ()}
     regexes |= {x: _layer_regex(x) for x in _listed(config.layers_pattern)}
-    for pattern, regex in regexes.items():
-        try:
-            re.compile(regex)
-        except (re.error, RecursionError, OverflowError) as e:
-            raise AdapterError(
-                f"{path}: {pattern!r} is not a regular expression: {e}."
-            ) from e
+    if len(regexes) > _MOST:
+        raise AdapterError(f"{path}: `modules_to_save` names more than {_MOST}.")
+    try:
+        for pattern, regex in regexes.items():
+            _read(pattern, compiled, regex)
+        assert config._tables  # What is wrong with the others is an error now.
+    except ValueError as e:
+        raise AdapterError(f"{path}: {e}") from e
+
+
+def _read(field: str, kind: Callable, patterns: Any) -> Any:
+    try:
+        return kind(patterns)
+    except ValueError as e:
+        what = patterns if isinstance(patterns, str) else field
+        raise ValueError(f"{what!r:.80} cannot be matched: {e}.") from e
 
 
 def _is_off(x) -> bool:
@@ -226,6 +307,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "use_rslora": ("true or false", _is_flag),
     "lora_bias": ("true or false", _is_flag),
     "fan_in_fan_out": ("true or false", _is_flag),
+    "ensure_weight_tying": ("true or false", _is_flag),
     "bias": ("a string", _is_text),
     "init_lora_weights": ("a string, true or false", _any_of(_is_text, _is_flag)),
     "layers_to_transform": (
@@ -235,34 +317,12 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-# There may be one for each layer, more than the `re` module remembers.
-_compiled = ft.cache(re.compile)
-
-
-def _end_regex(pattern: str) -> str:
-    return rf"(.*\.)?({pattern})$"
-
-
 def _saved_regex(pattern: str) -> str:
     return rf"(^|.*\.){pattern}($|\..*)"
 
 
 def _layer_regex(pattern: str) -> str:
     return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-
-
-def _by_pattern(patterns: Mapping[str, Any], name: str, default):
-    for pattern, value in patterns.items():
-        if _compiled(_end_regex(pattern)).match(name):
-            return value
-    return default
-
-
-def _matches(names: list[str] | str | None, path: str) -> bool:
-    """A list has names or the ends of names, a string is a regular expression."""
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names or [])
 
 
 def _listed(x) -> list:

@@ -1,7 +1,7 @@
 """From the files of PEFT to an adapted model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -17,12 +17,13 @@ from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import refuse_misfit, too_wide
+from .._model.names import Names, split
 from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
-from ._names import Names, split
 from ._places import Place, places_of, wrappers
 from ._read import Factors, PeftAdapter, read
+from ._tied import without_aliases
 
 
 def load(
@@ -34,6 +35,7 @@ def load(
     adapter_name: str = "default",
     dtype: Any = None,
     allow_materialise: bool = False,
+    ignore: Collection[str] = (),
 ) -> PyTree:
     """Puts an adapter that PEFT wrote around the weights of a model.
 
@@ -55,6 +57,7 @@ def load(
         `"default"`.
     - `dtype`: of the factors; by default as in the file.
     - `allow_materialise`: as for `LoraArray`.
+    - `ignore`: fields of the configuration that are not known here, and change nothing.
 
     **Returns:** the adapted model. The model passed is not changed.
 
@@ -68,7 +71,7 @@ def load(
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be a floating-point type, got {dtype!r}.")
     return put_around(
-        read(directory, adapter_name),
+        read(directory, adapter_name, ignore),
         model,
         names=names,
         transposed=transposed,
@@ -88,9 +91,10 @@ def put_around(
 ) -> PyTree:
     """As `load`, of an adapter that has been read."""
     places = places_of(model, names, transposed)
+    adapter, problems = without_aliases(adapter, places)
     fit = _Fit(adapter, places, dtype, allow_materialise)
     changed = {place.position: fit.adapted(place) for place in places}
-    refuse_misfit(adapter.path, [*fit.problems, *fit.unused()])
+    refuse_misfit(adapter.path, [*problems, *fit.problems, *fit.unused()])
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     return jax.tree.unflatten(
         treedef, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
@@ -158,7 +162,10 @@ class _Fit:
             return None
         update = self._take("factors", self.adapter.updates, module)
         layer = place.leaf.layer
-        is_weight = layer is not None and place.path == join(layer[0], "weight")
+        if layer is not None:
+            is_weight = place.path == join(layer[0], "weight")
+        else:  # One of the user's own, or a dictionary of arrays.
+            is_weight = parameter == "weight" and place.is_matrix
         targeted = name in self.wrappers or is_weight and config.targets(module)
         if update is None and targeted:
             self.problems.append(

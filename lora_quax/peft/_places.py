@@ -10,9 +10,18 @@ from jaxtyping import PyTree
 from .._arrays.check import aval_of
 from .._disk.exchange import refuse_ambiguous
 from .._model.merge import origin
+from .._model.names import Namer, Names, split, stack_axes, unstack
 from .._model.paths import is_float, known_axes, Leaf, leaves_of, named
 from .._model.targets import read_pattern
-from ._names import Namer, Names, split, stack_axes, unstack
+from .._model.ties import ties_of
+
+
+class Alias(NamedTuple):
+    """Another name of an array."""
+
+    name: str  # of the parameter
+    source: str
+    is_embedding: bool  # whether the module by this name is one
 
 
 class Place(NamedTuple):
@@ -23,6 +32,7 @@ class Place(NamedTuple):
     origin: Any  # the array as it was before it was adapted
     names: dict[tuple[int, ...], str]  # index along the stacking axes -> parameter
     transposed: bool
+    aliases: tuple[Alias, ...] = ()  # other parameters that it is, tied to the one
 
     @property
     def path(self) -> str:
@@ -35,10 +45,15 @@ class Place(NamedTuple):
         return tuple(aval_of(self.origin).shape)[n:]
 
     @property
+    def is_embedding(self) -> bool:
+        return self.leaf.layer is not None and isinstance(
+            self.leaf.layer[1], eqx.nn.Embedding
+        )
+
+    @property
     def is_matrix(self) -> bool:
         """Whether it may be the weight of a linear layer."""
-        layer = self.leaf.layer[1] if self.leaf.layer else None
-        return len(self.shape) == 2 and not isinstance(layer, eqx.nn.Embedding)
+        return len(self.shape) == 2 and not self.is_embedding
 
     def to_torch(self, x: np.ndarray, conv1d: bool = False) -> np.ndarray:
         """One of the parameters in PyTorch's layout.
@@ -72,7 +87,9 @@ def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Pl
     patterns = {name: read_pattern(name)[0] for name in transposed}
     unused = set(patterns)
     out = []
-    for position, leaf in enumerate(leaves_of(model)):
+    leaves = leaves_of(model)
+    aliases = _aliases(model, leaves, namer)
+    for position, leaf in enumerate(leaves):
         base = origin(leaf.value)
         if not is_float(base):
             continue
@@ -90,14 +107,39 @@ def places_of(model: PyTree, names: Names, transposed: Sequence[str]) -> list[Pl
                 f"{named(leaf.path)} is of a known layer, and not `transposed`: layers "
                 "of Equinox keep their weights as (out, in)."
             )
+        others = aliases.get(leaf.path, ())
+        if others and stack_axes(name):
+            raise ValueError(
+                f"{named(leaf.path)} is tied to `{others[0].name}`, and is a stack of "
+                "layers, which PEFT does not tie."
+            )
         parameters = unstack(name, shape)
-        out.append(Place(leaf, position, base, parameters, bool(flipped)))
+        out.append(Place(leaf, position, base, parameters, bool(flipped), others))
     namer.check()
     if unused:
         raise ValueError(
             f"{', '.join(map(repr, sorted(unused)))} of `transposed` matched no array."
         )
-    refuse_ambiguous(name for place in out for name in place.names.values())
+    refuse_ambiguous(
+        name
+        for place in out
+        for name in (*place.names.values(), *(x.name for x in place.aliases))
+    )
+    return out
+
+
+def _aliases(
+    model: PyTree, leaves: list[Leaf], namer: Namer
+) -> dict[str, tuple[Alias, ...]]:
+    """The other names of the arrays that are tied, by their paths."""
+    by_path = {leaf.path: leaf for leaf in leaves}
+    out: dict[str, tuple[Alias, ...]] = {}
+    for path, source in ties_of(model).items():
+        # What is tied is a weight of a layer, or the layer with all that is in it.
+        leaf = by_path.get(path, by_path[source])
+        is_embedding = isinstance(leaf.holder, eqx.nn.Embedding)
+        alias = Alias(namer(path), namer(source), is_embedding)
+        out[source] = (*out.get(source, ()), alias)
     return out
 
 

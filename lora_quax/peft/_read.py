@@ -2,6 +2,8 @@
 
 import os
 import re
+import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._disk.files import AdapterError, read_tensors, refuse
-from ._config import Config, read_config
+from ._config import Config, FILE as CONFIG, MARK, read_config
 
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_TRIES, _PAUSE = 50, 0.01
 _UPDATE = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))",
     re.DOTALL,
@@ -40,25 +43,34 @@ class PeftAdapter(NamedTuple):
 
 def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
     """Where an adapter lies: one that is not the default has a folder of its own."""
-    if not re.fullmatch(r"[\w-]+", adapter_name):
+    if (
+        not adapter_name.isprintable()
+        or not adapter_name
+        or {*adapter_name} & {*"./\\:"}
+    ):
         raise ValueError(
-            "`adapter_name` must be of letters, digits, '_' and '-', got "
-            f"{adapter_name!r}."
+            "`adapter_name` must be the name of a folder and of a module of PyTorch, "
+            f"with no dots or slashes, got {adapter_name!r}."
         )
     return Path(directory) / ("" if adapter_name == "default" else adapter_name)
 
 
-def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAdapter:
+def read(
+    directory: str | os.PathLike,
+    adapter_name: str = "default",
+    ignore: Collection[str] = (),
+) -> PeftAdapter:
     """**Raises:** `FileNotFoundError`; `AdapterError` if the files are no adapter."""
     folder = folder_of(directory, adapter_name)
-    config = read_config(folder)
-    path = folder / FILE
-    if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
+    if folder.is_file():
         raise AdapterError(
-            f"{pickled} is a pickle, which can run any code, and is not read. Convert "
-            "it with PEFT: `model.save_pretrained(..., safe_serialization=True)`."
+            f"{folder} is a file; an adapter of PEFT is a folder. What "
+            "`lora_quax.save_adapter` wrote is read by `lora_quax.load_adapter`."
         )
-    tensors, _ = read_tensors(path)
+    path = folder / FILE
+    config, tensors = _pair(folder, ignore)
+    if not tensors:
+        raise AdapterError(f"{path} holds no tensors.")
     problems = []
     sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
     biases, values = {}, {}
@@ -95,6 +107,31 @@ def read(directory: str | os.PathLike, adapter_name: str = "default") -> PeftAda
     return PeftAdapter(path, config, updates, biases, plain)
 
 
+def _pair(
+    folder: Path, ignore: Collection[str]
+) -> tuple[Config, dict[str, np.ndarray]]:
+    """The configuration and the tensors, of one writing."""
+    path = folder / FILE
+    for _ in range(_TRIES):
+        config, mark = read_config(folder, ignore)
+        if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{pickled} is a pickle, which can run any code, and is not read. "
+                "Convert it with PEFT: `model.save_pretrained(..., "
+                "safe_serialization=True)`."
+            )
+        tensors, metadata = read_tensors(path)
+        # PEFT itself does not say which configuration its tensors are for.
+        if metadata.get(MARK, mark) == mark:
+            return config, tensors
+        time.sleep(_PAUSE)  # Another program may be between its two moves.
+    raise AdapterError(
+        f"{path} was not written with the {CONFIG} beside it: a program that wrote "
+        "both was stopped between them, or another has written one of them. Save the "
+        "adapter again, or load and save it with PEFT, which does not compare them."
+    )
+
+
 def _is_copy(name: str, config: Config) -> bool:
     """Whether it is the bias of a module that is saved whole, which PEFT with
     `bias="all"` writes again as it was, and as it is."""
@@ -104,6 +141,12 @@ def _is_copy(name: str, config: Config) -> bool:
 
 
 def _without_base_layer(name: str, updates) -> str:
-    # One for each of the parameters of a module that are adapted one by one.
-    match = re.fullmatch(r"(.+?)(?:\.base_layer)+\.([^.]+)", name, re.DOTALL)
-    return f"{match[1]}.{match[2]}" if match and match[1] in updates else name
+    module, _, parameter = name.rpartition(".")
+    # One for each of the parameters of a module that are adapted one by one; and a
+    # module may have this name itself.
+    segments = module.split(".")
+    n = next((i for i, x in enumerate(reversed(segments)) if x != "base_layer"), 0)
+    for i in range(n, 0, -1):
+        if (stripped := ".".join(segments[:-i])) in updates:
+            return f"{stripped}.{parameter}"
+    return name

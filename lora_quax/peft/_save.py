@@ -13,14 +13,17 @@ from jaxtyping import PyTree
 from .._arrays.base import is_adapted
 from .._arrays.full import FullArray
 from .._disk.exchange import refuse_changed
-from .._disk.files import write_tensors, written_whole
+from .._disk.files import write_tensors
+from .._disk.whole import folder_whole
 from .._model.merge import refuse_partial
+from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
 from . import _config, _read
+from ._consumers import check_consumer, for_consumer, refuse_for
 from ._layout import SUFFIXES
-from ._names import is_in, Names, split
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX
+from ._tied import ensured, of_alias
 from ._update import ParameterUpdate, UNCHANGED, updates_of
 from ._whole import has_own_base, modules_of, value_of, Whole, whole
 
@@ -39,6 +42,8 @@ def save(
     lora_dropout: float = 0.0,
     fan_in_fan_out: bool = False,
     use_rslora: bool = False,
+    ensure_weight_tying: bool | None = None,
+    consumer: str = "peft",
 ) -> None:
     """Writes the adapter of a model as PEFT writes one.
 
@@ -84,6 +89,19 @@ def save(
         configuration says. The last is true for a GPT-2, whose `Conv1D` keeps its
         weight as `(in, out)` in PyTorch; here it is `(out, in)` all the same.
     - `use_rslora`: whether to write the scaling as `alpha / √rank`.
+    - `ensure_weight_tying`: whether what adapts an embedding adapts the head that is
+        tied to it as well. By default that is so for what `equinox.nn.Shared` ties, and
+        not so otherwise, unless there is reason for doubt, which is an error: arrays
+        that are one object, or a base model in a folder whose configuration says that
+        it ties them. `True` is for a program that uses the embedding as its head, which
+        is called `lm_head` then; `False` writes an adapter for each module by itself,
+        as is right for a model that ties nothing. Note that PEFT 0.21 adds the update
+        of a tied embedding twice when it merges; unmerged it computes what is computed
+        here, and so does `lora_quax.merge`.
+    - `consumer`: who is to read it: `"peft"`, or `"vllm"` or `"llama.cpp"`, which know
+        one rank and one alpha for all modules: where these differ, factors are filled
+        up with zeros and scalings go into B, in float32 at least. What they do not take
+        at all is refused: see the page on consumers in the documentation.
 
     **Raises:** `ValueError` if there is no low-rank update, if a leaf is missing, if
     `names` or `transposed` matches nothing, if `base` differs in what would not be
@@ -91,12 +109,20 @@ def save(
     the model is abstract or traced. Nothing is written then. `OSError` if the files
     cannot be written.
     """
+    check_consumer(consumer)
+    if use_rslora and consumer != "peft":
+        raise ValueError(f"`use_rslora` is not known to {consumer}; leave it out.")
     refuse_partial(model)
     before = base if initial is None else initial
     if before is not None:
         refuse_changed(model, before)
     places = places_of(model, names, transposed)
     updates = _updates(places, initial)
+    aliases, tying = ensured(places, ensure_weight_tying, base_model_name_or_path)
+    updates |= {
+        x.name: of_alias(updates[x.source], x) for x in aliases if x.source in updates
+    }
+    updates = for_consumer(consumer, updates)
     parameters = [
         name
         for name, update in updates.items()
@@ -109,13 +135,16 @@ def save(
         )
     wrapped = wrappers(places, parameters)
     rest = whole(places, {split(name)[0] for name in updates})
+    saved = {x for x in aliases if any(is_in(x.source, m) for m in rest.modules)}
+    modules = {*rest.modules, *(split(x.name)[0] for x in saved)}
     fields = dict(
         peft_type="LORA",
         **_settings(updates, parameters, use_rslora),
         target_modules=_target_modules(places, updates.keys() - parameters),
         target_parameters=_target_parameters(places, parameters),
-        modules_to_save=sorted(rest.modules) or None,
+        modules_to_save=sorted(modules) or None,
         bias=rest.bias,
+        **({"ensure_weight_tying": True} if tying else {}),
         base_model_name_or_path=base_model_name_or_path,
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
@@ -131,11 +160,19 @@ def save(
     if initial is not None:  # What it took out of the base is in the updates.
         places = [place for place in places if not _is_update(place)]
     tensors |= _values(places, updates, wrapped, rest, fan_in_fan_out)
+    for x in aliases:
+        for infix in ("", "base_layer."):
+            module, name = split(x.source)
+            key = f"{PREFIX}{module}.{infix}{name}"
+            if key in tensors:
+                module, name = split(x.name)
+                tensors[f"{PREFIX}{module}.{infix}{name}"] = tensors[key]
+    refuse_for(consumer, updates, fields, tensors)
     folder = folder_of(directory, adapter_name)
-    folder.mkdir(parents=True, exist_ok=True)
-    goals = folder / _read.FILE, folder / _config.FILE
-    with written_whole(*goals) as (weights, config):
-        write_tensors(weights, tensors, {"format": "pt"})
+    fields, mark = _config.marked(fields)
+    metadata = {"format": "pt", _config.MARK: mark}
+    with folder_whole(folder, (_read.FILE, _config.FILE)) as (weights, config):
+        write_tensors(weights, tensors, metadata)
         config.write_text(json.dumps(fields, indent=2, sort_keys=True))
 
 

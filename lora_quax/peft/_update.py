@@ -9,9 +9,9 @@ from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import same_bits, to_numpy
+from .._model.names import split
 from .._model.paths import named
 from ._layout import Kind, kind_of, to_peft
-from ._names import split
 from ._places import Place
 from ._whole import has_own_base
 

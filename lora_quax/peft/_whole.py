@@ -10,8 +10,8 @@ import quax
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._disk.exchange import to_numpy
+from .._model.names import is_in, split
 from .._model.paths import named
-from ._names import is_in, split
 from ._places import Place
 
 

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from .._model.paths import named
+from .paths import named
 
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
