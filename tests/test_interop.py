@@ -604,11 +604,6 @@ REFUSED = {
         {**_attention, "layer_replication": [[0, 2], [1, 2]]},
         "`layer_replication` is",
     ),
-    "tied adapters": (
-        twins.llama(tie_word_embeddings=True),
-        dict(target_modules=["embed_tokens"], ensure_weight_tying=True),
-        "`ensure_weight_tying` is True",
-    ),
     "tokens": (
         twins.llama(),
         {**_attention, "trainable_token_indices": [1, 2]},
