@@ -32,7 +32,7 @@ class Draft:
         self.casts: list[str] = []
         self.looked_up = 0  # How many numbers of the weight, at the most.
         self.returns_weight = False
-        self.is_dilated = False  # Whether the input of a convolution is.
+        self.is_dilated = False  # Whether a convolution has strides or gaps.
         self.add("w", weight)
 
     # Choices.

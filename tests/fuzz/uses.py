@@ -108,7 +108,8 @@ def conv(d: Draft):
         feature_group_count=groups,
         batch_group_count=batch_groups,
     )
-    d.is_dilated |= max(options["lhs_dilation"]) > 1
+    steps = ("window_strides", "lhs_dilation", "rhs_dilation")
+    d.is_dilated |= max(n for name in steps for n in options[name]) > 1
     x = d.input(x_shape)
     written = ", ".join(f"{name}={value}" for name, value in options.items())
     # The weight may have been cast, and of a convolution both are of one dtype.
