@@ -57,7 +57,7 @@ def programs(draw, kind: str | None = None):
     derivative = d.one(["grad"] * 8 + [*DERIVATIVES])
     only_forward = derivative == "jvp" and not whole and d.flag()
     table = ONLY_FORWARD if only_forward else FLOWS
-    # XLA of JAX 0.12 aborts on some of these that are batched, of dense kernels as well.
+    # XLA of JAX 0.12 aborts on some of these, batched; of dense kernels as well.
     flows = [f for f in table if not (d.is_dilated and f in DOUBLES)]
     flow = d.one(flows) if not whole else "none"
     expression = (FLOWS | ONLY_FORWARD)[flow]
