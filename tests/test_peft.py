@@ -975,7 +975,10 @@ FIELDS = {
         dict(lora_alpha=math.nan),
         "an alpha is not finite",
     ),
-    "no regular expression": (dict(target_modules="("), r"'\(' is not a regular"),
+    "no regular expression": (
+        dict(target_modules="("),
+        r"'\(' cannot be matched: it is not a regular",
+    ),
     "another initialisation": (dict(init_lora_weights="loftq"), "is 'loftq', by which"),
     "another mode of biases": (dict(bias="some"), "`bias` is 'some'"),
 }
