@@ -4,6 +4,7 @@ Each returns an expression of `w` that is no weight any more, but an activation.
 """
 
 import math
+from typing import Any
 
 from hypothesis import reject
 
@@ -100,7 +101,7 @@ def conv(d: Draft):
         size + low + high >= d.shape[axis] * 2
         for size, (low, high), axis in zip(space, padding, window)
     ]
-    options = dict(
+    options: dict[str, Any] = dict(
         window_strides=tuple(d.integer(1, 2) for _ in window),
         padding=padding,
         lhs_dilation=tuple(d.integer(1, 2) for _ in window),
