@@ -117,6 +117,11 @@ class LoraArray(AroundBase):
                 "The update of a `LoraArray` must be an `AbstractDelta`, such as a "
                 f"`LowRankArray`; got {self.delta!r}."
             )
+        if not isinstance(self._update, LowRankArray):
+            raise TypeError(
+                f"`lower` of a {type(self.delta).__name__} must give a `LowRankArray`; "
+                f"it gives {self._update!r}."
+            )
         weight, update = aval_of(self.base), aval_of(self.delta)
         if weight.shape != update.shape:
             raise ValueError(

@@ -162,6 +162,12 @@ class LowRankArray(AbstractDelta):
                 "`jax.lax.scan`? These map its leaves, of which `a` has no axis of "
                 "rows; inside `quax.quaxify` they map the array: `quaxify(vmap(f))`."
             )
+        if {self.a.shape[n], self.b.shape[-1]} != {self.rank}:
+            raise ValueError(
+                f"A low-rank array of rank {self.rank} has factors a of shape "
+                f"{self.a.shape} and b of shape {self.b.shape}. To change the rank, "
+                "make another one: `LowRankArray(a, b, alpha=...)`."
+            )
         return n
 
     @property

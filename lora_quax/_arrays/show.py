@@ -1,6 +1,7 @@
 """How an array prints: a line with what matters, also when leaves are filtered out."""
 
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import wadler_lindig as wl
 
 from .check import aval_of
@@ -15,7 +16,8 @@ def show(x, *leaves, indent: int = 2, **kwargs):
     rank, alpha = getattr(x, "rank", None), getattr(x, "alpha", None)
     docs = [] if rank is None else [wl.TextDoc(f"rank={rank}")]
     docs += [] if alpha is None else [wl.TextDoc(f"alpha={alpha:g}")]
-    if all(hasattr(leaf, "dtype") for leaf in leaves):
+    parts = jtu.tree_leaves(leaves, is_leaf=lambda leaf: leaf is None)
+    if all(hasattr(part, "dtype") for part in parts):
         aval = aval_of(x)
         docs.insert(0, wl.array_summary(aval.shape, aval.dtype.name, kind=None))
         factors = getattr(x, "a", None)

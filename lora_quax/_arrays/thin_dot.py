@@ -44,6 +44,8 @@ def _reads_across(u, v, dimension_numbers) -> bool:
     is wider than both operands its own order counts, and moving would turn it.
     """
     ((u_contract, v_contract), (u_batch, v_batch)) = dimension_numbers
+    if not all(isinstance(n, int) for n in (*u.shape, *v.shape)):
+        return False  # `jax.export` has sizes that are symbols.
     contracted = math.prod(u.shape[i] for i in u_contract)
     shared = math.prod(u.shape[i] for i in u_batch)
     out_size = u.size * v.size // max(1, contracted**2 * shared)
@@ -180,17 +182,23 @@ def _transpose_v(g, u, v, *, dimension_numbers, precision, **params):
     return _cotangent(g, v.aval, u, labels, precision=precision, **params)
 
 
-thin_dot_general_p.def_impl(
-    jax.jit(
-        thin_dot_general_p.bind,
-        static_argnames=(
-            "dimension_numbers",
-            "precision",
-            "preferred_element_type",
-            "out_sharding",
-        ),
-    )
+_compiled = jax.jit(
+    thin_dot_general_p.bind,
+    static_argnames=(
+        "dimension_numbers",
+        "precision",
+        "preferred_element_type",
+        "out_sharding",
+    ),
 )
+
+
+@thin_dot_general_p.def_impl
+def _(u, v, **params):
+    # What is not compiled under `jax.disable_jit` would come back here.
+    return (_lower if jax.config.jax_disable_jit else _compiled)(u, v, **params)
+
+
 # The type of the result (shape, dtype, sharding, varying axes) is lax.dot_general's.
 thin_dot_general_p.def_abstract_eval(
     lambda u, v, **params: lax.dot_general_p.abstract_eval(u, v, **params)[0]

@@ -243,6 +243,16 @@ def refuse_state(path: Path) -> None:
         )
 
 
+def refuse_ties(path: Path) -> None:
+    """**Raises:** `AdapterError` if a file has an update of a weight that is tied to
+    another one, of which PEFT would know by the model alone."""
+    if not is_peft(path) and (ties := read_adapter(path).ties):
+        raise AdapterError(
+            f"{path} adapts a weight that is tied to {named(str(min(ties)))}. "
+            "`lora_quax.peft.save` of the model writes both."
+        )
+
+
 def _leaves(skeleton) -> list[tuple[Any, Any]]:
     return jtu.tree_flatten_with_path(written(skeleton)[0])[0]
 

@@ -14,7 +14,7 @@ from ..peft._load import put_around
 from ..peft._read import read
 from ..peft._save import save
 from .console import namer, read_names, refuse_existing
-from .content import content_of_peft, is_peft, refuse_state
+from .content import content_of_peft, is_peft, refuse_state, refuse_ties
 from .skeleton import skeleton_of_ours, skeleton_of_peft
 
 
@@ -33,6 +33,7 @@ def convert(
             _to_ours(source, goal, names, transposed)
         else:
             refuse_state(source)
+            refuse_ties(source)
             model = skeleton_of_ours(source)
             save(
                 goal,

@@ -19,7 +19,7 @@ from .._disk.files import (
     AdapterError,
     open_tensors,
 )
-from .._disk.shards import INDEX, read_index
+from .._disk.shards import INDEX, read_index, SINGLE
 from .._disk.whole import folder_whole, written_whole
 from .console import console, namer, refuse_existing
 from .content import is_finite, read_content, refuse_state
@@ -186,12 +186,15 @@ def read_base(path: Path) -> Base:
         raise FileNotFoundError(f"There is no file or folder {path}.")
     if not path.is_dir():
         return Base(_tensors(path), [path], [])
-    index = path / INDEX
-    where = read_index(index) if index.is_file() else None
+    index, single = path / INDEX, path / SINGLE
+    # As `load_model` has it: what is in one file is not in several.
+    where = read_index(index) if index.is_file() and not single.is_file() else None
     files = sorted(path.iterdir())
-    shards = [file for file in files if file.name.endswith(_SUFFIX)]
+    shards = [file for file in files if _is_shard(file)]
     if where is not None:
         shards = [path / name for name in sorted(set(where.values()))]
+    elif single.is_file():
+        shards = [single]
     if not shards:
         raise FileNotFoundError(f"There is no file *{_SUFFIX} in {path}.")
     tensors: Tensors = {}
@@ -210,11 +213,19 @@ def read_base(path: Path) -> Base:
     return Base(tensors, shards, [*others, *([index] if where is not None else [])])
 
 
+# An adapter beside its base, which would be added twice; and another copy of the base.
+_BESIDE = ("adapter_", "consolidated")
+
+
+def _is_shard(file: Path) -> bool:
+    return file.name.endswith(_SUFFIX) and not file.name.startswith(_BESIDE)
+
+
 def _is_other(file: Path) -> bool:
     ends = (_SUFFIX, *_WEIGHTS)
     return (
         file.is_file()
-        and not file.name.startswith(".")
+        and not file.name.startswith((".", *_BESIDE))
         and not file.name.endswith(ends)
     )
 

@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from .._arrays.base import BASE, is_adapted, roles
 from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
+from .._model.ties import ties_of
 from .._model.training import partition
 from .description import build, describe, describe_layer, NONSENSE, said
 from .exchange import (
@@ -55,6 +56,7 @@ class Adapter(NamedTuple):
     version: int
     state: dict[str, np.ndarray] = {}  # of a model that has one
     base: Any = None  # its fingerprint; files had none before
+    ties: Any = None  # path of what is tied to a weight -> that weight's path
 
     def about(self, path: str) -> Any:
         """What `describe` says of a weight, and its layer.
@@ -118,6 +120,8 @@ def save_adapter(
         "state": sorted(adapter.state),
         "base": adapter.base,
     }
+    if adapter.ties:
+        about["ties"] = adapter.ties
     metadata = {_KEY: json.dumps(about, sort_keys=True)}
     with written_whole(Path(path)) as (new,):
         write_tensors(new, tensors, metadata)
@@ -216,7 +220,11 @@ def extract(model: PyTree, state: eqx.nn.State | None = None) -> Adapter:
         leaf.path: {**describe(leaf.value), "layer": describe_layer(leaf)}
         for leaf in adapted
     }
-    return Adapter(weights, tensors, VERSION, kept, recorded(model))
+    try:
+        ties = {to: path for to, path in ties_of(model).items() if path in weights}
+    except ValueError:  # Of what is made of an array nothing can be said.
+        ties = {}
+    return Adapter(weights, tensors, VERSION, kept, recorded(model), ties)
 
 
 def written(model: PyTree) -> tuple[PyTree, PyTree]:
@@ -263,7 +271,9 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
             f"{path} was written by a newer lora_quax, in version {version} of the "
             f"format; this one reads up to {VERSION}."
         )
-    return Adapter(weights, tensors, version, state, about.get("base"))
+    return Adapter(
+        weights, tensors, version, state, about.get("base"), about.get("ties")
+    )
 
 
 _Specs = dict[str, tuple[tuple[int, ...], Any]]

@@ -260,11 +260,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_tensors(
     path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> None:
-    """**Raises:** `TypeError` for a type of number that the format does not have."""
+    """**Raises:** `TypeError` for a type of number that the format does not have;
+    `OSError`."""
     # The library writes an array's memory as it lies, transposed or not.
     rows = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     rows = {name: x.reshape(tensors[name].shape) for name, x in rows.items()}
-    safetensors.numpy.save_file(rows, path, metadata)
+    try:
+        safetensors.numpy.save_file(rows, path, metadata)
+    except safetensors.SafetensorError as e:  # A full disk, say.
+        raise OSError(f"{path} cannot be written: {e}") from e
     _sort_metadata(path, metadata)
 
 

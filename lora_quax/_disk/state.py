@@ -48,13 +48,17 @@ def state_leaves(state: eqx.nn.State | None) -> list[Any]:
 
 def check_state(model: PyTree, state: eqx.nn.State | None) -> None:
     """**Raises:** `ValueError` if a model with a state comes without it."""
-    if state is None and (indices := _indices(model)):
-        paths = ", ".join(named(dotted(keys)) for keys, _ in indices[:4])
+    if state is None and (paths := state_paths(model)):
         raise ValueError(
             f"The model has a state, at {paths}, which is not part of it and which "
             "training changes: the statistics of a batch norm, say. Give it too, so "
             "that it is not lost: `save_adapter(path, model, state=state)`."
         )
+
+
+def state_paths(model: PyTree) -> str:
+    """Where a model has a state, for a message; nothing if it has none."""
+    return ", ".join(named(dotted(keys)) for keys, _ in _indices(model)[:4])
 
 
 def _indices(model: PyTree) -> list[tuple[Any, eqx.nn.StateIndex]]:

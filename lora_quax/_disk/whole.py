@@ -96,6 +96,8 @@ def _goal(path: Path) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; a file is to be written.")
     goal = Path(os.path.realpath(path))
+    if goal.exists() and not goal.is_file():
+        raise OSError(f"{path} is no regular file, and would be replaced by one.")
     if not goal.parent.is_dir():
         raise FileNotFoundError(
             f"{path} is a link to {goal}, and there is no folder {goal.parent}."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 
-from .._arrays.base import dense, make, materialise_or_refuse, replace
+from .._arrays.base import make, materialise_or_refuse, replace
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.scaled import ScaledArray
@@ -29,7 +29,7 @@ from .layout import (
     ROW,
 )
 from .register import NotLazy, variadic, with_zero_base
-from .scaled import into_parts
+from .scaled import into_parts, multiplied_out
 
 
 def _unscaled(d: LowRankArray) -> LowRankArray:
@@ -112,7 +112,10 @@ def _join(primitive, operands, params, on_deltas, before=()):
     ours = [x for x in summed if isinstance(x, LoraArray)]
     deltas = _each_once(_factors, [getattr(x, "delta", None) for x in summed])
     bases = [x.frozen_base() if isinstance(x, LoraArray) else x for x in summed]
-    bases = [dense(x) if isinstance(x, ScaledArray) else x for x in bases]
+    bases = [
+        multiplied_out(x, primitive, operands) if isinstance(x, ScaledArray) else x
+        for x in bases
+    ]
     bind = quax.quaxify(primitive.bind)
     if not ours:
         return bind(*before, *bases, **params)

@@ -17,6 +17,7 @@ from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
 from .._compat import core
+from .scaled import settle
 from .traced import type_of
 
 
@@ -121,7 +122,7 @@ def step_of_scan(x):
             return replace(x, base=base, delta=delta)
         return add(replace(x, base=base).frozen_base(), delta)
     if isinstance(x, ScaledArray):
-        return replace(x, base=step_of_scan(x.base))
+        return settle(replace(x, base=step_of_scan(x.base)))
     if isinstance(x, LowRankArray):
         step = _step_of_update(x)
         dtype = jnp.promote_types(x.a.dtype, x.b.dtype)

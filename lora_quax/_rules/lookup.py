@@ -6,6 +6,7 @@ Of many rows or columns (an embedding) it is an activation, which what follows w
 densely, and is summed.
 """
 
+import functools as ft
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -18,12 +19,18 @@ from .layout import BATCH, COL, contain, groups, on_factors, ROW, squeeze
 from .register import linear, NotLazy
 
 
+# What a primitive is given has been counted from the end already, if it was negative.
+# What is negative still is out of bounds, and becomes the first.
+slice_at = ft.partial(lax.dynamic_slice, allow_negative_indices=False)
+_write_at = ft.partial(lax.dynamic_update_slice, allow_negative_indices=False)
+
+
 @linear(lax.dynamic_slice_p)
 def dynamic_slice(w: LowRankArray, *starts, slice_sizes):
     axes = {i for i, n in enumerate(w.shape) if slice_sizes[i] != n}
     zero = jnp.zeros((), jnp.result_type(*starts)) if starts else 0
     params = (starts, zero), (slice_sizes, w.rank)
-    return on_factors(w, axes, lax.dynamic_slice, *params)
+    return on_factors(w, axes, slice_at, *params)
 
 
 def fills(params) -> bool:
@@ -172,7 +179,7 @@ def dynamic_update_slice(w: LowRankArray, update, *starts):
     at = [zero if i == "rank" else starts[i] for i in labels]
     factor = getattr(w, name)
     zeros = jnp.zeros(shape, factor.dtype)
-    return replace(w, **{name: lax.dynamic_update_slice(factor, zeros, at)})
+    return replace(w, **{name: _write_at(factor, zeros, at)})
 
 
 @linear(lax.scatter_add_p, affine=lambda params: True)

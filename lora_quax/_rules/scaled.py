@@ -28,7 +28,7 @@ from .._arrays.scaled import ScaledArray, times
 from .._arrays.thin_dot import arrange, contract
 from .._compat import ragged_dot_general_p
 from .layout import blocks
-from .lookup import look_up, result_labels
+from .lookup import look_up, result_labels, slice_at
 from .register import NotLazy, register
 from .scalar import refuse_params, scaled_low_rank
 
@@ -67,16 +67,16 @@ def moves(primitive):
             new = scale(w.scale, w, *rest, **params)
             out = quax.quaxify(primitive.bind)(w.base, *rest, **params)
             if not isinstance(new, list):
-                return _settle(replace(w, base=out, scale=new))
+                return settle(replace(w, base=out, scale=new))
             parts = zip(out, new)
-            return [_settle(replace(w, base=x, scale=s)) for x, s in parts]
+            return [settle(replace(w, base=x, scale=s)) for x, s in parts]
 
         return scale
 
     return decorate
 
 
-def _settle(w: ScaledArray):
+def settle(w: ScaledArray):
     """A vector is an activation, and multiplied out: nothing is saved."""
     return w if w.ndim > 1 else quax.quaxify(times)(w.frozen_base(), w.scale)
 
@@ -138,7 +138,7 @@ def _dynamic_slice(s, w, *starts, slice_sizes):
         return s
     zeros = [jnp.zeros((), jnp.result_type(*starts))] * s.ndim
     sizes = _along(s, slice_sizes, [1] * s.ndim)
-    return lax.dynamic_slice(s, _along(s, starts, zeros), sizes)
+    return slice_at(s, _along(s, starts, zeros), sizes)
 
 
 @moves(lax.split_p)
@@ -228,7 +228,10 @@ def _(w: ScaledArray, *, axes, out_sharding=None):
     out = arrange(out, labels, kept)
     if inside:
         return quax.quaxify(lax.convert_element_type)(out, w.dtype)
-    return times(out, w.scale.squeeze(axes))
+    scale = w.scale.squeeze(axes)
+    if is_adapted(out):
+        return settle(replace(w, base=out, scale=scale, stopped=True))
+    return quax.quaxify(times)(out, scale)
 
 
 # Scalars and casts.
@@ -405,6 +408,15 @@ def into_parts(w: ScaledArray):
     return w
 
 
+def multiplied_out(w: ScaledArray, primitive, values):
+    """The dense array, of a plain base. Of an adapted one it would hold the update, and
+    needs leave."""
+    why = "the scale of an update varies along its rows and its columns"
+    if is_adapted(lower(w.base)):
+        return densify_or_refuse(str(primitive), w, values, why)
+    return dense(w)
+
+
 def _among_others(primitive):
     """Registers an operation that puts numbers beside those of the array, or adds to
     them. These are not scaled, so that the scale is multiplied out, as in a join."""
@@ -412,7 +424,8 @@ def _among_others(primitive):
     @on(primitive)
     def _(w: ScaledArray, *rest, **params):
         parts = into_parts(w)
-        parts = dense(parts) if isinstance(parts, ScaledArray) else parts
+        if isinstance(parts, ScaledArray):
+            parts = multiplied_out(parts, primitive, [w])
         return quax.quaxify(primitive.bind)(parts, *rest, **params)
 
 

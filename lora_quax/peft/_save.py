@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,8 +13,9 @@ from jaxtyping import PyTree
 
 from .._arrays.base import is_adapted
 from .._arrays.full import FullArray
-from .._disk.exchange import refuse_changed
+from .._disk.exchange import refuse_changed, refuse_non_finite
 from .._disk.files import write_tensors
+from .._disk.state import state_paths
 from .._disk.whole import folder_whole
 from .._model.merge import refuse_partial
 from .._model.names import is_in, Names, split
@@ -44,6 +46,7 @@ def save(
     use_rslora: bool = False,
     ensure_weight_tying: bool | None = None,
     consumer: str = "peft",
+    check_finite: bool = True,
 ) -> None:
     """Writes the adapter of a model as PEFT writes one.
 
@@ -102,6 +105,10 @@ def save(
         one rank and one alpha for all modules: where these differ, factors are filled
         up with zeros and scalings go into B, in float32 at least. What they do not take
         at all is refused: see the page on consumers in the documentation.
+    - `check_finite`: whether numbers that are not finite are an error.
+
+    PEFT's files have no place for the state of a model (`eqx.nn.State`); a warning says
+    where there is one.
 
     **Raises:** `ValueError` if there is no low-rank update, if a leaf is missing, if
     `names` or `transposed` matches nothing, if `base` differs in what would not be
@@ -168,6 +175,14 @@ def save(
                 module, name = split(x.name)
                 tensors[f"{PREFIX}{module}.{infix}{name}"] = tensors[key]
     refuse_for(consumer, updates, fields, tensors)
+    if check_finite:
+        refuse_non_finite(tensors)
+    if paths := state_paths(model):
+        warnings.warn(
+            f"The model has a state, at {paths}, for which the files of PEFT have no "
+            "place: what training changed of it is not written.",
+            stacklevel=2,
+        )
     folder = folder_of(directory, adapter_name)
     fields, mark = _config.marked(fields)
     metadata = {"format": "pt", _config.MARK: mark}
