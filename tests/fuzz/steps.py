@@ -88,7 +88,7 @@ def index(d: Draft):
 
 def dynamic_slice(d: Draft):
     sizes = tuple(n if d.flag() else d.integer(1, n) for n in d.shape)
-    starts = tuple(d.integer(-1, n) for n in d.shape)
+    starts = tuple(d.integer(-2 * n, n) for n in d.shape)  # Some out of bounds.
     return f"lax.dynamic_slice(w, {starts}, {sizes})"
 
 

@@ -148,7 +148,10 @@ def rows(d: Draft):
 
 
 def one_row(d: Draft):
-    return _looked_up(d, f"w[{d.integer(-1, d.shape[0] - 1)}]")
+    """By a static index, or by a dynamic one, which may be out of bounds."""
+    n = d.shape[0]
+    i = d.one([f"{d.integer(-n, n - 1)}", f"jnp.int32({d.integer(-2 * n, 2 * n)})"])
+    return _looked_up(d, f"w[{i}]")
 
 
 def columns(d: Draft):
