@@ -1,6 +1,7 @@
 """The command line: on files alone, with no model and no PyTorch."""
 
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -16,6 +17,7 @@ import pytest
 import safetensors.numpy
 from helpers import adapted, normal
 from jaxtyping import Array
+from rich.console import Console
 
 import lora_quax
 from lora_quax import LoraArray, peft
@@ -710,6 +712,20 @@ def test_inspect(form, net, tmp_path, capsys):
     file = tmp_path / "a" / ("adapter_model.safetensors" if form == "PEFT" else "")
     count = sum(x.size for x in tensors_of(file).values())
     assert f"{count} parameters, {4 * count:,} bytes" in lines[-1]
+
+
+def test_a_path_is_whole_in_80_columns(tmp_path, capsys, monkeypatch):
+    path = "decoder.layers.0.attention.query"
+    base = {path: eqx.nn.Linear(3, 2, key=jr.key(0))}
+    lora_quax.save_adapter(tmp_path / "a", adapted(base))
+    narrow = lambda stderr=False: Console(width=80, force_terminal=True)
+    monkeypatch.setattr("lora_quax._cli.console.console", narrow)
+    monkeypatch.setattr("lora_quax._cli.inspect.console", narrow)
+    assert run("inspect", tmp_path / "a") == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(f"{path}.weight" in line for line in lines)
+    assert any("linear" in line and "float" in line for line in lines)
 
 
 def test_inspect_marks_what_is_not_finite(tmp_path, capsys):

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..peft._initial import INITIALISATIONS
-from .console import show
+from .console import console, show
 from .content import (
     arrays_of,
     Content,
@@ -19,6 +19,10 @@ from .content import (
 
 
 _MARK = "not finite"
+_COLUMNS = ("path", "kind", "shape", "rank", "alpha", "scaling", "dtype", "norm", "")
+_NUMBERS = ("rank", "alpha", "scaling", "norm")
+# In fewer columns the path has a line of its own, and these stand below it.
+_NARROW, _BELOW = 120, ("kind", "shape", "dtype")
 
 
 def inspect(path: Path) -> int:
@@ -36,17 +40,18 @@ def _table(content: Content, bad: set[str]) -> Table:
     shown = initialised if content.initialisation in INITIALISATIONS else ""
     table.title = Text(f"{content.path}, an adapter of {content.format}{shown}")
     sizes = f"{total.parameters:,} parameters, {total.bytes:,} bytes"
-    table.add_column("path", footer=sizes, overflow="fold")
-    table.add_column("kind", overflow="fold")
-    table.add_column("shape", overflow="fold")
-    table.add_column("rank", justify="right")
-    table.add_column("alpha", justify="right")
-    table.add_column("scaling", justify="right")
-    table.add_column("dtype")
-    table.add_column("norm", justify="right")
-    table.add_column("", footer=f"{_MARK}: {len(bad)}" if bad else "")
+    columns = dict.fromkeys(_COLUMNS, "")
+    columns["path"], columns[""] = sizes, f"{_MARK}: {len(bad)}" if bad else ""
+    below = _BELOW if console().width < _NARROW else ()
+    for name, footer in columns.items():
+        if name not in below:
+            side = "right" if name in _NUMBERS else "left"
+            table.add_column(name, footer=footer, justify=side, overflow="fold")
     for row in _rows(content, bad):
-        table.add_row(*map(Text, row))
+        cells = dict(zip(_COLUMNS, row, strict=True))
+        under = " ".join(filter(None, (cells.pop(name) for name in below)))
+        cells["path"] += f"\n  {under}" if under else ""
+        table.add_row(*map(Text, cells.values()))
     return table
 
 
