@@ -1,5 +1,7 @@
 """Edges: indices out of bounds, unknown sizes, no compiler, factors exchanged."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from lora_quax import (
     LoraArray,
     LowRankArray,
     MaterialiseError,
+    merge,
     partition,
     ScaledArray,
 )
@@ -109,7 +112,7 @@ def test_factors_of_another_rank():
 class _Dense(AbstractDelta):
     w: LowRankArray
 
-    def lower(self):
+    def lower(self) -> Any:
         return self.w.dense()
 
 
@@ -176,3 +179,42 @@ def test_a_scaled_update_is_multiplied_out_by_leave(join):
         quax.quaxify(fn)(w)
     allowed = ScaledArray(w.base, w.scale, allow_materialise=True)
     np.testing.assert_allclose(quax.quaxify(fn)(allowed), fn(dense(w)))
+
+
+# A program that promotes nothing by itself.
+
+
+def _of_two_types(shape, **options):
+    w = lora(shape, dtype=jnp.float32, **options)
+    return eqx.tree_at(lambda w: w.base, w, w.base.astype(jnp.bfloat16))
+
+
+STRICT = {
+    "product": ((5, 4), {}, (4,), lambda w, x: w @ x),
+    "lookup": ((5, 4), {}, (4,), lambda w, x: w[jnp.array([1, 3])] * x),
+    "sum": ((5, 4), {}, (4,), lambda w, x: (w + 2.0 * w) @ x),
+    "scan": ((5, 4), {}, (4,), lambda w, x: lax.map(lambda row: row @ x, w)),
+    "convolution": (
+        (5, 4, 2),
+        dict(cols=2),
+        (1, 4, 6),
+        lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME"),
+    ),
+    "scaled": (
+        (5, 4),
+        {},
+        (4,),
+        lambda w, x: (w * jnp.full((5, 1), 3.0, w.dtype)) @ x,
+    ),
+}
+
+
+@pytest.mark.parametrize("program", STRICT)
+def test_strict_promotion(program):
+    shape, options, other, fn = STRICT[program]
+    args = _of_two_types(shape, **options), x(*other).astype(jnp.bfloat16)
+    run = lambda: [quax.quaxify(fn)(*args), fn(merge(args[0]), args[1])]
+    expected = run()
+    with jax.numpy_dtype_promotion("strict"):
+        for got, known in zip(run(), expected):
+            assert got.dtype == known.dtype and jnp.array_equal(got, known)

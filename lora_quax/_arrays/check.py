@@ -1,5 +1,6 @@
 """The types of what is given, and what comes from outside checked at once, by name."""
 
+import functools as ft
 import math
 import operator
 from typing import Any
@@ -74,6 +75,13 @@ def check_alpha(alpha, rank: int) -> float:
             "it learnt: nothing would train. Without `alpha` the scaling is 1."
         )
     return out
+
+
+def wider(*dtypes) -> np.dtype:
+    """The type that these are promoted to, in a program too that promotes nothing by
+    itself (`jax.numpy_dtype_promotion("strict")`)."""
+    with jax.numpy_dtype_promotion("standard"):
+        return ft.reduce(jnp.promote_types, dtypes)
 
 
 def check_factor_dtype(dtype) -> np.dtype:

@@ -21,7 +21,7 @@ from .base import (
     make,
     role,
 )
-from .check import aval_of, check_number, check_weight, default_dtype
+from .check import aval_of, check_number, check_weight, default_dtype, wider
 from .low_rank import LowRankArray
 from .show import show
 
@@ -214,4 +214,4 @@ def _wide(base, delta):
     """The type that a sum is taken in. JAX promotes no type of 8 bits by itself."""
     if jnp.dtype(base.dtype).itemsize == 1:
         return delta.dtype
-    return jnp.promote_types(base.dtype, delta.dtype)
+    return wider(base.dtype, delta.dtype)

@@ -20,6 +20,7 @@ from .check import (
     check_key,
     check_rank,
     read_alpha,
+    wider,
 )
 from .show import show
 from .thin_dot import arrange, contract
@@ -184,17 +185,17 @@ class LowRankArray(AbstractDelta):
     def aval(self) -> ShapedArray:
         n = self.n_batch
         shape = self.b.shape[:-1] + self.a.shape[n + 1 :]
-        dtype = jnp.promote_types(self.a.dtype, self.b.dtype)
+        dtype = wider(self.a.dtype, self.b.dtype)
         spec = (*partition_spec(self.b)[:-1], *partition_spec(self.a)[n + 1 :])
         return shaped_array(shape, dtype, spec, self.a, self.b)
 
     def dense(self) -> Array:
-        return self.product().astype(jnp.promote_types(self.a.dtype, self.b.dtype))
+        return self.product().astype(wider(self.a.dtype, self.b.dtype))
 
     def product(self) -> Array:
         """The dense array, in the type that it is computed in."""
         a_labels, b_labels, labels = self.labels
-        dtype = jnp.promote_types(self.a.dtype, self.b.dtype)
+        dtype = wider(self.a.dtype, self.b.dtype)
         b, a = scaled(self.b.astype(dtype), self.a.astype(dtype), self.scaling)
         out, out_labels = contract(b, b_labels, a, a_labels, keep=range(self.n_batch))
         return arrange(out, out_labels, labels)
@@ -211,14 +212,14 @@ def scaled(u, v, scaling: float):
     """
     if scaling == 1:
         return u, v
-    wide = jnp.promote_types(u.dtype, jnp.float32)
+    wide = wider(u.dtype, jnp.float32)
     return u.astype(wide) * jnp.asarray(scaling, wide), v.astype(wide)
 
 
 def preferred(dtype, x) -> Any:
     """The `preferred_element_type` of a product in between, with `x`, where the result
     is wanted in `dtype`: a type narrower than an operand's is an error."""
-    return None if dtype is None else jnp.promote_types(dtype, x.dtype)
+    return None if dtype is None else wider(dtype, x.dtype)
 
 
 def _draw(

@@ -4,12 +4,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .around import AroundBase
 from .base import BASE, dense, role
-from .check import aval_of, check_weight
+from .check import aval_of, check_weight, wider
 from .show import show
 
 
@@ -77,5 +76,5 @@ class ScaledArray(AroundBase):
 
 def times(x, scale):
     """`scale · x`, taken in the wider type and returned in that of `x`."""
-    wide = jnp.promote_types(x.dtype, scale.dtype)
+    wide = wider(x.dtype, scale.dtype)
     return (x.astype(wide) * scale.astype(wide)).astype(x.dtype)

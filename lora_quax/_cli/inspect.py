@@ -48,7 +48,7 @@ def _table(content: Content, bad: set[str]) -> Table:
             side = "right" if name in _NUMBERS else "left"
             table.add_column(name, footer=footer, justify=side, overflow="fold")
     for row in _rows(content, bad):
-        cells = dict(zip(_COLUMNS, row, strict=True))
+        cells: dict[str, str] = dict(zip(_COLUMNS, row, strict=True))
         under = " ".join(filter(None, (cells.pop(name) for name in below)))
         cells["path"] += f"\n  {under}" if under else ""
         table.add_row(*map(Text, cells.values()))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import reshard
 
+from .._arrays.check import wider
 from .._arrays.low_rank import LowRankArray, preferred, scaled
 from .._arrays.thin_dot import arrange, contract
 from .layout import COL, groups, ROW
@@ -54,7 +55,7 @@ def conv_general_dilated(
             f"as columns; here the rows are {rows}, the columns {cols}, and "
             f"dimension_numbers say out={out_axis}, in={in_axis}"
         )
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    dtype = wider(x.dtype, w.dtype)
     params = dict(precision=precision, preferred_element_type=preferred_element_type)
     x, kernel, point = (y.astype(dtype) for y in (x, kernel, point))
     spec = tuple(range(len(lhs_spec)))  # Of our kernels: (out, in, *window).

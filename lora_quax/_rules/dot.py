@@ -8,11 +8,11 @@ transpositions around it cost more than the product with the factors.
 import functools as ft
 
 import jax
-import jax.numpy as jnp
 import quax
 from jax import lax
 from jaxtyping import ArrayLike
 
+from .._arrays.check import wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray, preferred, scaled
 from .._arrays.scaled import ScaledArray
@@ -38,7 +38,7 @@ def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
         return scaled_product(x, w, axes, out_sharding=out_sharding, **params)
     if isinstance(w, LowRankArray):
         out, labels = _low_rank_product(x, w, axes, out_sharding, **params)
-        result = dtype or jnp.promote_types(x.dtype, w.dtype)
+        result = dtype or wider(x.dtype, w.dtype)
         return lax.convert_element_type(out, result), labels
     # Its cotangent, a sum over both products, is stored as the result is.
     x = stored(x)
@@ -71,7 +71,7 @@ def _low_rank_product(
     if _size(*second, contracted) > _size(*first, contracted):
         first, second = second, first
 
-    dtype = jnp.promote_types(x.dtype, jnp.promote_types(w.a.dtype, w.b.dtype))
+    dtype = wider(x.dtype, w.a.dtype, w.b.dtype)
     cast = quax.quaxify(lambda y, dtype: y.astype(dtype))
     (u, u_labels), (v, v_labels) = first, second
     x = cast(x, dtype)
@@ -194,7 +194,7 @@ def _(
             break
     else:
         raise NotLazy("the contracted axes must be all the rows or all the columns")
-    dtype = jnp.promote_types(x.dtype, w.dtype)
+    dtype = wider(x.dtype, w.dtype)
 
     # `of_result` is `out_sharding`, which JAX has from 0.11 on.
     def product(x, x_contract, ragged, factor, labels, contract, **of_result):

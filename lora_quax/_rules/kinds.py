@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._arrays.base import lower_all, make, replace
+from .._arrays.check import wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
@@ -100,7 +101,7 @@ def _common_scaled(x: ScaledArray, y: ScaledArray) -> ScaledArray | None:
     base = _common(x.base, y.base)
     if base is None or x.scale.shape != y.scale.shape:
         return None
-    dtype = jnp.promote_types(x.scale.dtype, y.scale.dtype)
+    dtype = wider(x.scale.dtype, y.scale.dtype)
     return make(
         ScaledArray,
         base=base,
@@ -144,8 +145,8 @@ def _common_factors(x: LowRankArray, y: LowRankArray) -> LowRankArray | None:
         b_shape = (*u.b.shape[:-1], rank)
         return replace(
             u,
-            a=jax.ShapeDtypeStruct(a_shape, jnp.promote_types(u.a.dtype, v.a.dtype)),
-            b=jax.ShapeDtypeStruct(b_shape, jnp.promote_types(u.b.dtype, v.b.dtype)),
+            a=jax.ShapeDtypeStruct(a_shape, wider(u.a.dtype, v.a.dtype)),
+            b=jax.ShapeDtypeStruct(b_shape, wider(u.b.dtype, v.b.dtype)),
             rank=rank,
             alpha=u.alpha if same_scaling else float(rank),
             allow_materialise=u.allow_materialise and v.allow_materialise,

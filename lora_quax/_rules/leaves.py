@@ -12,7 +12,7 @@ import quax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._arrays.base import replace
-from .._arrays.check import aval_of
+from .._arrays.check import aval_of, wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
@@ -125,7 +125,7 @@ def step_of_scan(x):
         return settle(replace(x, base=step_of_scan(x.base)))
     if isinstance(x, LowRankArray):
         step = _step_of_update(x)
-        dtype = jnp.promote_types(x.a.dtype, x.b.dtype)
+        dtype = wider(x.a.dtype, x.b.dtype)
         return step if isinstance(step, LowRankArray) else step.astype(dtype)
     return x
 

@@ -13,6 +13,7 @@ import quax
 from jaxtyping import ArrayLike
 
 from .._arrays.base import AdaptedArray, lower, make, materialise_or_refuse, replace
+from .._arrays.check import wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.stored import stored
@@ -79,7 +80,7 @@ def _result_type(args, operand: int, params):
     """The type of a dense result. A rule gives it as it was computed, perhaps wider."""
     dtype = args[operand].dtype
     if operand == 1:
-        dtype = jnp.promote_types(args[0].dtype, dtype)
+        dtype = wider(args[0].dtype, dtype)
     return params.get("preferred_element_type") or dtype
 
 

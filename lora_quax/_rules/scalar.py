@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .._arrays.base import replace
+from .._arrays.check import wider
 from .._arrays.low_rank import LowRankArray
 from .layout import COL, expand, groups, ROW
 from .register import linear, NotLazy
@@ -51,7 +52,7 @@ def scaled_low_rank(w: LowRankArray, x, apply: Callable = jnp.multiply):
         scale = x.reshape([x.shape[i] for i in axes])
         scale = jnp.expand_dims(scale, labels.index("rank"))
         # The scale is of the array's type, which may be wider than the factor's.
-        wide = jnp.promote_types(factor.dtype, scale.dtype)
+        wide = wider(factor.dtype, scale.dtype)
         return apply(factor.astype(wide), scale.astype(wide))
 
     if COL in varies:

@@ -22,6 +22,7 @@ from .._arrays.base import (
     materialise_or_refuse,
     replace,
 )
+from .._arrays.check import wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray, times
@@ -259,7 +260,7 @@ def _scale_again(w: ScaledArray, x, apply) -> ScaledArray:
     if len(varies) > 1 and x.size == math.prod(shape):
         raise NotLazy("a product element by element with a full array is no scale")
     if {*varies} <= {*varying(w)} or {*varies} >= {*varying(w)}:
-        wide = jnp.promote_types(x.dtype, w.scale.dtype)
+        wide = wider(x.dtype, w.scale.dtype)
         return replace(w, scale=apply(w.scale.astype(wide), x.astype(wide)))
     # Along other axes: of two scales each can be put where it belongs.
     scale = apply(jnp.ones((), x.dtype), x)
