@@ -181,6 +181,20 @@ def test_a_scaled_update_is_multiplied_out_by_leave(join):
     np.testing.assert_allclose(quax.quaxify(fn)(allowed), fn(dense(w)))
 
 
+# A gradient inside `quaxify`, of a loop that is checkpointed.
+
+
+@pytest.mark.parametrize("kind", ["lora", "low_rank", "ia3"])
+def test_a_gradient_inside_of_a_checkpointed_loop(kind):
+    def f(w, x, s):
+        loop = lambda s: lax.scan(lambda c, r: (c + r @ x, None), s, 2.0 * w)[0]
+        return jnp.tanh(jax.checkpoint(loop)(s))
+
+    transform = TRANSFORMS["Q(grad f)"]
+    args = [KINDS[kind]((5, 4)), x(4), x()]
+    check(transform.ours(f), transform.plain(f), args)
+
+
 # A program that promotes nothing by itself.
 
 

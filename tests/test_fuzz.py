@@ -6,6 +6,7 @@ import pytest
 from fuzz.search import search
 
 
+pytestmark = pytest.mark.usefixtures("x64")
 _SEED = int(os.environ["FUZZ_SEED"])
 
 

@@ -310,6 +310,23 @@ def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     return out_tree.map(lambda _: _wrap(self, next(out)))
 
 
+# Until JAX 0.11 what is known of a checkpointed loop, when it is differentiated inside
+# `quaxify`, is a call that is no primitive like others. It raises NotImplementedError.
+
+
+def _process_call(self, primitive, fun, tracers, params):
+    values = _values(self, tracers)
+    if any(map(is_value, values)) and not any(map(is_adapted, values)):
+        return _quax_call(self, primitive, fun, tracers, params)
+    with core.set_current_trace(self):
+        return fun.call_wrapped(*tracers)
+
+
+_quax_call = getattr(_QuaxTrace, "process_call", None)
+if _quax_call is not None:
+    setattr(_QuaxTrace, "process_call", _process_call)
+
+
 # JAX 0.12 expands a higher primitive for a trace that does not ask for it, and with it
 # loses the derivative that it was given: of `lax.custom_root`, even of plain arrays.
 

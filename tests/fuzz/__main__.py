@@ -13,6 +13,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import conftest  # noqa: E402, F401
+import jax  # noqa: E402
 from helpers import KINDS  # noqa: E402
 
 from .search import Report, search  # noqa: E402
@@ -34,7 +35,11 @@ def main() -> int:
     spawn = multiprocessing.get_context("spawn")
     # A process is replaced now and then: what is compiled stays in its memory.
     with cf.ProcessPoolExecutor(
-        options.jobs, mp_context=spawn, max_tasks_per_child=10
+        options.jobs,
+        mp_context=spawn,
+        max_tasks_per_child=10,
+        initializer=jax.config.update,
+        initargs=("jax_enable_x64", True),
     ) as pool:
         waiting = list(range(0, options.programs, _CHUNK))[::-1]
         running: set[cf.Future] = set()

@@ -53,12 +53,12 @@ def _failure(program: Program, error: Exception) -> Failure:
 def search(
     n: int, seed: int, kind: str | None = None, known: Sequence[Failure] = ()
 ) -> Report:
-    """Runs `n` programs drawn from a seed, in this process.
+    """Runs `n` programs drawn from a seed, in this process, of which JAX has to have
+    double precision.
 
     A program that fails as one that is `known` does, and contains it, is counted and
     not shrunk.
     """
-    jax.config.update("jax_enable_x64", True)
     report = Report(failures=list(known))
     attempt = 0
     while (left := n - report.outcomes.total()) > 0:
