@@ -143,6 +143,11 @@ PROGRAMS = {
         dict(shape=(8, 1, 3, 2), rank=1, **KERNEL),
         (2, 4, 7, 6),
     ),
+    "conv, depthwise, one each": (
+        _conv(feature_group_count=4),
+        dict(shape=(4, 1, 3, 2), rank=1, **KERNEL),
+        (2, 4, 7, 6),
+    ),
     "conv, transposed": (
         _conv(lhs_dilation=(2, 3)),
         dict(shape=(4, 3, 3, 2), **KERNEL),

@@ -41,20 +41,7 @@ def conv_general_dilated(
     lhs_spec, (out_axis, in_axis, *window), out_spec = dimension_numbers
     if w.n_batch:
         raise NotLazy("the kernel has batch axes; call `quaxify` inside `vmap`")
-    alone = [out_axis], [in_axis]
-    rows = [i for i, group in enumerate(groups(w)) if group == ROW]
-    cols = [i for i, group in enumerate(groups(w)) if group == COL]
-    a_labels, b_labels, _ = w.labels
-    if rows in alone:
-        (point, point_labels), (kernel, labels) = (w.b, b_labels), (w.a, a_labels)
-    elif cols in alone:
-        (point, point_labels), (kernel, labels) = (w.a, a_labels), (w.b, b_labels)
-    else:
-        raise NotLazy(
-            "a kernel must have its output axis, or its input axis, alone as rows or "
-            f"as columns; here the rows are {rows}, the columns {cols}, and "
-            f"dimension_numbers say out={out_axis}, in={in_axis}"
-        )
+    (point, point_labels), (kernel, labels) = _apart(w, out_axis, in_axis)
     dtype = wider(x.dtype, w.dtype)
     params = dict(precision=precision, preferred_element_type=preferred_element_type)
     x, kernel, point = (y.astype(dtype) for y in (x, kernel, point))
@@ -97,6 +84,37 @@ def conv_general_dilated(
     z, up = scaled(z, up.astype(z.dtype), w.scaling)
     numbers = lhs_spec, spec, out_spec
     return convolve(z, up, numbers, batch_group_count, **of_result)
+
+
+def _apart(w: LowRankArray, out_axis: int, in_axis: int):
+    """The factor that has the output axis, or the input axis, for itself, and the other
+    one, each with the labels of its axes.
+
+    An axis of length one is on either side as one likes. What else stands with rows or
+    columns may be no more than that, and goes to the other factor: the gradient of a
+    depthwise convolution has such an axis.
+    """
+    a_labels, b_labels, _ = w.labels
+    b, a = (w.b, b_labels), (w.a, a_labels)
+    for most in 0, w.ndim:  # How many go to the other side; none, if that will do.
+        for (point, own), (kernel, others) in ((b, a), (a, b)):
+            for axis in out_axis, in_axis:
+                units = [i for i in own if i not in (axis, "rank")]
+                if axis not in own or len(units) > most:
+                    continue
+                if any(w.shape[i] != 1 for i in units):
+                    continue
+                point = lax.squeeze(point, [own.index(i) for i in units])
+                own = [i for i in own if i not in units]
+                kernel = jnp.expand_dims(kernel, range(len(units)))
+                return (point, own), (kernel, [*units, *others])
+    rows = [i for i, group in enumerate(groups(w)) if group == ROW]
+    cols = [i for i, group in enumerate(groups(w)) if group == COL]
+    raise NotLazy(
+        "a kernel must have its output axis, or its input axis, alone as rows or "
+        f"as columns; here the rows are {rows}, the columns {cols}, and "
+        f"dimension_numbers say out={out_axis}, in={in_axis}"
+    )
 
 
 def _split(x, spec, feature_groups: int, batch_groups: int):
