@@ -322,7 +322,7 @@ def _process_call(self, primitive, fun, tracers, params):
         return fun.call_wrapped(*tracers)
 
 
-_quax_call = getattr(_QuaxTrace, "process_call", None)
+_quax_call: Any = getattr(_QuaxTrace, "process_call", None)
 if _quax_call is not None:
     setattr(_QuaxTrace, "process_call", _process_call)
 
