@@ -244,7 +244,10 @@ def check_all(cases: dict[str, tuple], **tolerance):
         }
 
     results = run({name: args for name, (_, _, args) in cases.items()})
-    for name, ((value, grads), (expected, expected_grads)) in results.items():
+    possible = {name: both for name, both in results.items() if both is not None}
+    if not possible:
+        pytest.skip("JAX cannot do this with dense weights either")
+    for name, ((value, grads), (expected, expected_grads)) in possible.items():
         with _named(name):
             assert_close(value, expected, **tolerance)
             assert_close(grads, expected_grads, **tolerance)
@@ -258,7 +261,7 @@ def _both(name, ours, program, args):
         except (NotImplementedError, MaterialiseError):
             # JAX's next loops have no gradient yet. What it can't do has to be refused.
             if CANARY and not _is_possible(plain, args):
-                pytest.skip("JAX cannot do this with dense weights either")
+                return None
             raise
 
 
