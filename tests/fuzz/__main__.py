@@ -13,10 +13,9 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import conftest  # noqa: E402, F401
-import jax  # noqa: E402
 from helpers import KINDS  # noqa: E402
 
-from .search import Report, search  # noqa: E402
+from .search import Report, search, use_double_precision  # noqa: E402
 
 
 _CHUNK = 50
@@ -38,8 +37,7 @@ def main() -> int:
         options.jobs,
         mp_context=spawn,
         max_tasks_per_child=10,
-        initializer=jax.config.update,
-        initargs=("jax_enable_x64", True),
+        initializer=use_double_precision,
     ) as pool:
         waiting = list(range(0, options.programs, _CHUNK))[::-1]
         running: set[cf.Future] = set()

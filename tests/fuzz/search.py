@@ -50,6 +50,10 @@ def _failure(program: Program, error: Exception) -> Failure:
     return Failure(str(program), message, kind)
 
 
+def use_double_precision() -> None:
+    jax.config.update("jax_enable_x64", True)
+
+
 def search(
     n: int, seed: int, kind: str | None = None, known: Sequence[Failure] = ()
 ) -> Report:
