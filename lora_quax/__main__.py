@@ -103,9 +103,7 @@ def _parser() -> _Parser:
 
     added = command(
         "merge",
-        lambda args: merge(
-            args.base, args.adapter, args.out, args.names, args.square, args.tied
-        ),
+        lambda args: merge(args.base, args.adapter, args.out, args.names, args.tied),
         "fold an adapter into a base model",
         "BASE is a file *.safetensors or a folder of them. Sums are taken in float32 "
         "(float64 if either is) and rounded once to the type of the base; names, "
@@ -118,11 +116,6 @@ def _parser() -> _Parser:
         "out", type=Path, metavar="OUT", help="a path where nothing is yet"
     )
     _add_names(added, "ADAPTER", "BASE")
-    added.add_argument(
-        "--square",
-        choices=("out-in", "in-out"),
-        help="how BASE keeps square weights, where nothing else tells",
-    )
     added.add_argument(
         "--tied",
         action="store_true",

@@ -14,6 +14,7 @@ import quax
 from helpers import assert_close, dense, lora, low_rank, normal, Scaled
 
 from lora_quax import init, LoraArray, loraify, LowRankArray, MaterialiseError, merge
+from lora_quax._arrays.check import check_flag
 
 
 WEIGHTS = {
@@ -322,3 +323,10 @@ def test_an_update_that_is_known_may_be_switched_off():
     factors = jnp.ones((2, 3)), jnp.ones((5, 2))
     w = LoraArray.from_parts(jnp.ones((5, 3)), LowRankArray(*factors, alpha=0))
     assert w.scaling == 0 and jnp.array_equal(w.dense(), w.base)
+
+
+@pytest.mark.parametrize("flag", ["no", 0, None])
+def test_what_is_neither_true_nor_false(flag):
+    """As the constructors and `loraify` check it. A text is true whatever it says."""
+    with pytest.raises(TypeError, match="`stop_gradient` must be True or False, got"):
+        check_flag("stop_gradient", flag)

@@ -615,19 +615,44 @@ def test_from_peft_and_back(case, tmp_path):
     assert run("diff", source, tmp_path / "q") == 0
 
 
-@pytest.mark.parametrize("way", ["out-in", "in-out"])
-def test_square_experts(way, tmp_path, capsys):
-    tensors = pair("m", 4, 4, 6)
-    adapter = write_peft(tmp_path / "p", tensors, target_parameters=["m.up"])
-    base = draw(3, 4, 4)
-    safetensors.numpy.save_file({"m.up": base}, tmp_path / "base")
-    arguments = "merge", tmp_path / "base", adapter, tmp_path / "out"
-    assert "say it with `--square`" in fails(capsys, *arguments)
-    assert run(*arguments, "--square", way) == 0
-    delta = experts(tensors, "m")
-    delta = delta.swapaxes(1, 2) if way == "in-out" else delta
-    merged = tensors_of(tmp_path / "out")["m.up"]
-    np.testing.assert_allclose(merged, base + delta, rtol=1e-6, atol=1e-6)
+def test_square_experts(tmp_path, capsys):
+    adapter = write_peft(tmp_path / "p", pair("m", 4, 4, 6), target_parameters=["m.up"])
+    safetensors.numpy.save_file({"m.up": draw(3, 4, 4)}, tmp_path / "base")
+    error = fails(capsys, "merge", tmp_path / "base", adapter, tmp_path / "out")
+    assert "`m.up` is square, and nothing says whether" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_how_a_square_weight_lies_the_fingerprint_says(turned, dtype, tmp_path, capsys):
+    """Of a name too by which GPT-2 has a weight the other way round."""
+    model = adapted({"c_proj": eqx.nn.Linear(4, 4, key=jr.key(0))})
+    lora_quax.save_adapter(tmp_path / "a", model)
+    base, merged = base_of(model), base_of(lora_quax.merge(model))
+    turn = (lambda x: x.T.copy()) if turned else lambda x: x
+    write = lambda x: {"c_proj.weight": turn(x["c_proj.weight"].astype(dtype))}
+    safetensors.numpy.save_file(write(base), tmp_path / "base")
+    run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "out")
+    assert capsys.readouterr().err == ""
+    atol = 1e-6 if dtype is np.float32 else 2e-2
+    x, y = tensors_of(tmp_path / "out"), write(merged)
+    for name in y:
+        x, y = (np.asarray(z[name], np.float32) for z in (x, y))
+        np.testing.assert_allclose(x, y, rtol=atol, atol=atol)
+
+
+def test_another_base_is_said_to_be_one(tmp_path, capsys):
+    model = adapted({"q": eqx.nn.Linear(4, 3, key=jr.key(0))})
+    lora_quax.save_adapter(tmp_path / "a", model)
+    other = draw(3, 4)
+    safetensors.numpy.save_file({"q.weight": other}, tmp_path / "base")
+    assert run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("lora_quax: The adapter ")
+    assert err.endswith(
+        "was trained on another base:\n  - `q.weight` has other numbers\n"
+    )
 
 
 GOOD = pair("q", 5, 4)

@@ -273,7 +273,7 @@ def _load_model(path: Path):
 
 
 ERRORS = {
-    "It is a weight and its update, unsummed": lambda _: _loraify(_mlp())(jnp.ones(3)),
+    "It stands for a weight, and only": lambda _: _loraify(_mlp())(jnp.ones(3)),
     "needs the dense weight": lambda _: quax.quaxify(lambda w: jnp.sort(w))(
         lora((3, 3))
     ),

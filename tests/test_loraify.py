@@ -323,9 +323,14 @@ BAD = [
     (
         dict(dtype=jnp.int8),
         TypeError,
-        "`dtype`, of the factors, must be a floating-point type",
+        "`dtype` must be a floating-point type",
     ),
-    (dict(dtype=jnp.float8_e4m3fn), TypeError, "of 16 bits or more, got float8_e4m3fn"),
+    (dict(dtype="bf16"), TypeError, "`dtype` must be a floating.*, got 'bf16'"),
+    (
+        dict(dtype=jnp.float8_e4m3fn),
+        TypeError,
+        "must be of 16 bits or more, got float8_e4m3fn",
+    ),
     (dict(alpha=10**400), ValueError, "`alpha` must be finite"),
     (dict(alpha=0), ValueError, "`alpha` is 0, .* nothing would train"),
     (dict(alpha=np.array([1.0])), TypeError, "`alpha` must be a number"),

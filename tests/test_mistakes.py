@@ -112,7 +112,7 @@ def test_what_is_said():
     """The beginnings of messages that the page quotes."""
     with pytest.raises(RuntimeError) as info:
         abs(MODEL.layers[0].weight)
-    begin = "met a LoraArray outside of `quax.quaxify`. It is a weight"
+    begin = "met a LoraArray outside of `quax.quaxify`. It stands for a weight"
     assert begin in str(info.value) and begin in PAGE
     rows = quax.quaxify(jax.vmap(lambda row: row @ X[0]))(MODEL.layers[0].weight)
     assert jnp.allclose(rows, BASE.layers[0].weight @ X[0], atol=1e-6)

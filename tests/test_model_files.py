@@ -361,6 +361,28 @@ UNSAVABLE = {
         ValueError,
         "would both be 'a.b'",
     ),
+    "a type by no name": (
+        lambda path, net: save_model(path, net, dtype="bf16"),
+        TypeError,
+        "'bfloat16', got 'bf16'",
+    ),
+    "too large for it": (
+        lambda path, net: save_model(path, {"x": jnp.array([1, 7e4])}, dtype="float16"),
+        OverflowError,
+        "`x` has numbers that are too large for float16, of which the largest is 65504",
+    ),
+    "too large for one without infinities": (
+        lambda path, net: save_model(
+            path, {"x": jnp.full(2, 1e3, jnp.bfloat16)}, dtype=jnp.float8_e4m3fn
+        ),
+        OverflowError,
+        "`x` has numbers that are too large for float8_e4m3fn",
+    ),
+    "a name that is none": (
+        lambda path, net: save_model(path, net, names={"table": "t", "half": 1}),
+        TypeError,
+        "which are strings; got 1 for 'half'",
+    ),
     "no such name": (
         lambda path, net: save_model(path, net, names={"nose": "n"}),
         ValueError,
@@ -396,6 +418,7 @@ def test_what_cannot_be_saved_leaves_all_as_it_was(tmp_path, net, case):
     assert listing(tmp_path) == before
 
 
+LARGE = {"x": jnp.array([-1e6, jnp.inf])}
 UNLOADABLE = {
     "nothing there": (
         lambda path, net: load_model(path / "nothing", net),
@@ -416,6 +439,22 @@ UNLOADABLE = {
         lambda path, net: load_model(path, net, dtype=int),
         TypeError,
         "`dtype` must be a floating-point type",
+    ),
+    "too large for the type": (
+        lambda path, net: load_model(path / "large", LARGE, dtype=jnp.float16),
+        OverflowError,
+        "`x` has numbers that are too large for float16",
+    ),
+    "too large, stacked and sharded": (
+        lambda path, net: load_model(
+            path / "large",
+            LARGE,
+            dtype=jnp.float16,
+            names={"x": "x"},
+            sharding=jax.devices()[0],
+        ),
+        OverflowError,
+        "`x` has numbers that are too large for float16",
     ),
     "no prefix": (
         lambda path, net: load_model(path, net, sharding={"a": jax.devices()[0]}),
@@ -440,9 +479,17 @@ def test_what_cannot_be_loaded(tmp_path, net, case):
     load, kind, message = case
     save_model(tmp_path, net)
     (tmp_path / "empty").mkdir()
+    save_model(tmp_path / "large", LARGE)
     save_adapter(tmp_path / "adapter", loraify(net, rank=1, key=jr.key(0)))
     with pytest.raises(kind, match=message):
         load(tmp_path, net)
+
+
+def test_an_infinity_stays_one(tmp_path):
+    model = {"x": jnp.array([1, jnp.inf, -jnp.inf, jnp.nan])}
+    save_model(tmp_path, model, dtype=jnp.float16)
+    out = load_model(tmp_path, model, dtype=jnp.bfloat16)["x"]
+    np.testing.assert_array_equal(out.astype(jnp.float32), model["x"])
 
 
 def test_double_precision_is_not_narrowed_in_silence(tmp_path):

@@ -1003,6 +1003,13 @@ HARMLESS = {
 }
 
 
+def test_factors_of_what_the_configuration_does_not_target(sound):
+    """PEFT would leave them out, and compute something else."""
+    _, load, _ = sound
+    with pytest.raises(AdapterError, match="there are factors of `a.1.weight`, which"):
+        load(target_modules=["a.0", "e"])
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_fields_that_change_nothing(name, sound):
     _, load, _ = sound

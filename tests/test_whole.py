@@ -1,6 +1,8 @@
 """Files are there whole or not at all, whoever is stopped, and whoever looks."""
 
+import errno
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -110,6 +112,26 @@ def test_a_move_that_fails_is_taken_back(tmp_path, monkeypatch):
                 file.write_text("new")
     assert names_in(tmp_path) == ["a", "b"]
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "old"
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_file_in_the_place_of_a_folder(tmp_path, below):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(NotADirectoryError, match="file is a file; a folder .* is to"):
+        with folder_whole(tmp_path / "file" / below, "a"):
+            pass
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path, monkeypatch):
+    """And not what would have been hidden in it."""
+
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(PermissionError, match=rf"denied: '{re.escape(str(tmp_path))}'"):
+        write(tmp_path / "goal", "text")
 
 
 def test_two_programs_make_one_folder(tmp_path):

@@ -84,15 +84,34 @@ def wider(*dtypes) -> np.dtype:
         return ft.reduce(jnp.promote_types, dtypes)
 
 
+def check_flag(name: str, x) -> bool:
+    """A text, say, would be true whatever it says."""
+    if not isinstance(x, bool | np.bool_):
+        raise TypeError(f"`{name}` must be True or False, got {x!r}.")
+    return bool(x)
+
+
+def check_float_dtype(dtype) -> np.dtype:
+    try:
+        out = jnp.dtype(dtype)
+    except TypeError:  # A name that NumPy does not know, such as "bf16".
+        out = None
+    if out is None or not jnp.issubdtype(out, jnp.floating):
+        raise TypeError(
+            "`dtype` must be a floating-point type, such as `jax.numpy.bfloat16` or "
+            f"'bfloat16', got {dtype!r}."
+        )
+    return out
+
+
 def check_factor_dtype(dtype) -> np.dtype:
     """A type that factors can be computed with."""
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+    out = check_float_dtype(dtype)
+    if out.itemsize < 2:
         raise TypeError(
-            "`dtype`, of the factors, must be a floating-point type of 16 bits or "
-            f"more, got {dtype.name}."
+            f"`dtype`, of the factors, must be of 16 bits or more, got {out.name}."
         )
-    return dtype
+    return out
 
 
 def default_dtype(weight) -> np.dtype:

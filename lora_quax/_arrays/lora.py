@@ -21,7 +21,14 @@ from .base import (
     make,
     role,
 )
-from .check import aval_of, check_number, check_weight, default_dtype, wider
+from .check import (
+    aval_of,
+    check_flag,
+    check_number,
+    check_weight,
+    default_dtype,
+    wider,
+)
 from .low_rank import LowRankArray
 from .show import show
 
@@ -108,7 +115,7 @@ class LoraArray(AroundBase):
             cols=cols,
             allow_materialise=allow_materialise,
         )
-        self.stop_gradient = stop_gradient
+        self.stop_gradient = check_flag("stop_gradient", stop_gradient)
         self.stopped = False
 
     def __check_init__(self):
@@ -147,8 +154,9 @@ class LoraArray(AroundBase):
         """
         if not isinstance(base, jax.ShapeDtypeStruct):
             base = check_weight(base)
-        parts = dict(base=base, delta=delta)
-        return checked(make(cls, **parts, stop_gradient=stop_gradient, stopped=False))
+        frozen = check_flag("stop_gradient", stop_gradient)
+        out = make(cls, base=base, delta=delta, stop_gradient=frozen, stopped=False)
+        return checked(out)
 
     @property
     def _update(self) -> Any:

@@ -17,6 +17,7 @@ from .base import AbstractDelta, role
 from .check import (
     check_alpha,
     check_factor_dtype,
+    check_flag,
     check_key,
     check_rank,
     read_alpha,
@@ -73,7 +74,7 @@ class LowRankArray(AbstractDelta):
         self.alpha = read_alpha(alpha, self.rank)
         self.rows = rows
         self.cols = cols
-        self.allow_materialise = allow_materialise
+        self.allow_materialise = check_flag("allow_materialise", allow_materialise)
 
     def __check_init__(self):
         a, b, rows, cols = self.a, self.b, self.rows, self.cols

@@ -40,8 +40,8 @@ class Unquaxified:
 def _message(x: Any, what: str) -> str:
     # Its type alone: the shape of a partitioned array is not known.
     return (
-        f"{what} a {type(x).__name__} outside of `quax.quaxify`. It is a weight and "
-        "its update, unsummed; only a program that is quaxified computes with it:\n"
+        f"{what} a {type(x).__name__} outside of `quax.quaxify`. It stands for a "
+        "weight, and only a program that is quaxified computes with it:\n"
         "    quax.quaxify(model)(x)              # instead of model(x)\n"
         "    jax.vmap(quax.quaxify(model))(x)    # instead of jax.vmap(model)(x)\n"
         "What is quaxified must be the model, or take the model as an argument. Quax "

@@ -15,7 +15,7 @@ from .._arrays.base import AbstractDelta, is_adapted
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
-from .._disk.adapter import differences, read_adapter, written
+from .._disk.adapter import Adapter, differences, read_adapter, written
 from .._disk.description import base_type, build, NONSENSE, said
 from .._disk.files import AdapterError, refuse
 from .._model.names import split
@@ -82,6 +82,7 @@ class Content(NamedTuple):
     fan_in_fan_out: bool = False
     initialisation: bool | str | None = True  # by PEFT's names; it may change the base
     ties: bool = False  # whether what adapts the embedding adapts the head
+    base: Any = None  # the fingerprint of what was adapted, of a file of ours
 
 
 def read_content(path: Path) -> Content:
@@ -155,9 +156,10 @@ _KINDS_OF_LAYERS = {
 
 
 def _of_ours(path: Path) -> Content:
-    """**Raises:** as `read_arrays`."""
-    out = Content(path, "lora_quax", {}, {}, {})
-    for name, (x, layer) in read_arrays(path).items():
+    """**Raises:** as `read_adapter` and `arrays_in`."""
+    adapter = read_adapter(path)
+    out = Content(path, "lora_quax", {}, {}, {}, base=adapter.base)
+    for name, (x, layer) in arrays_in(path, adapter).items():
         kind = "array" if layer is None else _KINDS_OF_LAYERS[layer["type"]]
         if layer is not None and layer.get("groups", 1) > 1:
             kind += f" of {layer['groups']} groups"
@@ -200,13 +202,14 @@ def _factors(delta: AbstractDelta) -> LowRankArray:
         return jax.tree.map(jnp.asarray, delta).lower()
 
 
-def read_arrays(path: Path) -> dict[str, tuple[Any, dict[str, Any] | None]]:
+def arrays_in(
+    path: Path, adapter: Adapter
+) -> dict[str, tuple[Any, dict[str, Any] | None]]:
     """The adapted weights of a file, around abstract bases, with their layers.
 
-    **Raises:** `FileNotFoundError`; `AdapterError`, which lists everything that is
-    wrong, if the file is no adapter, or its tensors are not those it describes.
+    **Raises:** `AdapterError`, which lists everything that is wrong, if its tensors are
+    not those that it describes.
     """
-    adapter = read_adapter(path)
     problems, skeletons, expected = [], {}, {}
     for name in adapter.weights:
         try:

@@ -8,6 +8,7 @@ all other tensors stay byte for byte, and some rows at a time are in memory.
 import contextlib
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,11 +20,13 @@ from .._disk.files import (
     AdapterError,
     open_tensors,
 )
+from .._disk.fingerprint import another_base
 from .._disk.shards import INDEX, read_index, SINGLE
 from .._disk.whole import folder_whole, written_whole
 from .console import console, namer, refuse_existing
 from .content import is_finite, read_content, refuse_state
-from .plan import Part, plan, Square, Task, Tensor, Tensors
+from .known import compare
+from .plan import Part, plan, Task, Tensor, Tensors
 from .tied import settled
 
 
@@ -49,7 +52,6 @@ def merge(
     adapter: Path,
     out: Path,
     names: Path | None,
-    square: Square,
     tied: bool = False,
 ) -> int:
     """**Raises:** `AdapterError`, `OSError`; then nothing is written."""
@@ -58,7 +60,10 @@ def merge(
     model, content = read_base(base), read_content(adapter)
     called = namer(names, [*content.updates, *content.values, *content.added])
     content = settled(base, content, model.tensors, called, tied)
-    tasks = plan(content, model.tensors, called, square)
+    known = compare(content, model.tensors, called)
+    tasks = plan(content, model.tensors, called, known.turned)
+    if known.differ:
+        print(f"lora_quax: {another_base(adapter, known.differ)}", file=sys.stderr)
     files = [*model.shards, *model.others]
     to_folder = base.is_dir() or out.is_dir()
     whole = folder_whole(out, [file.name for file in files])

@@ -2,12 +2,14 @@
 
 All of it is settled before a number is touched. The files of PEFT leave two things to
 the model: whether a weight is kept as (out, in) or as (in, out), and which of several
-parameters of a module is meant. Shapes tell, or there is no telling.
+parameters of a module is meant. Shapes tell, or there is no telling. In a file of ours
+the fingerprint of the base tells of square weights too.
 """
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -17,7 +19,6 @@ from ..peft._initial import INITIALISATIONS
 from .content import Added, arrays_of, Content, is_finite, Update
 
 
-Square: TypeAlias = Literal["out-in", "in-out"] | None
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _TURNS = ("linear", "array", "experts")  # Kinds that a model may keep as (in, out).
 # What `transformers` calls its layers that are kept so. PEFT has one flag for them all,
@@ -58,12 +59,16 @@ class _Planner:
     """Finds the tensors, and remembers what does not fit."""
 
     def __init__(
-        self, content: Content, tensors: Tensors, namer: Namer, square: Square
+        self,
+        content: Content,
+        tensors: Tensors,
+        namer: Namer,
+        turned: Mapping[str, bool],
     ):
         self.content = content
         self.tensors = tensors
         self.namer = namer
-        self.square = square
+        self.turned = turned
         self.problems: list[str] = []
         self.tasks: dict[str, Task] = {}
         self.owners: dict[str, str] = {}  # tensor -> weight of the adapter
@@ -187,15 +192,16 @@ class _Planner:
             others = {True} if part.update.kind == "linear" else others
         elif part.update.kind == "linear":
             others = set() if may_be_conv1d else others | {False}
-        if self.square is not None:
-            others = {self.square == "in-out"}
+        if name in self.turned:
+            others = {self.turned[name]}
         if len(others) == 1:
             (turned,) = others
             self._task(name).parts.append(part._replace(turned=turned))
             return
         self.problems.append(
             f"`{name}` is square, and nothing says whether it is kept as (out, in) or "
-            "(in, out): say it with `--square`"
+            "(in, out): a model says it, merged in Python by `lora_quax.merge` and "
+            "written by `save_model`"
         )
 
     def _value(self, weight: str, x: np.ndarray) -> None:
@@ -212,9 +218,8 @@ class _Planner:
             if task.value is None or task.value.ndim != 2:
                 continue
             rows, cols = task.value.shape
-            may_be_turned = self.content.fan_in_fan_out or self.square == "in-out"
             is_turned = any(part.turned for part in task.parts)
-            if rows == cols and (may_be_turned or is_turned):
+            if rows == cols and (self.content.fan_in_fan_out or is_turned):
                 self.problems.append(
                     f"`{name}` is square and given whole, so that there is no telling "
                     "whether the base keeps it transposed"
@@ -274,11 +279,12 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def plan(
-    content: Content, tensors: Tensors, namer: Namer, square: Square
+    content: Content, tensors: Tensors, namer: Namer, turned: Mapping[str, bool]
 ) -> dict[str, Task]:
-    """What becomes of each tensor of the base that changes, by its name.
+    """What becomes of each tensor of the base that changes, by its name. `turned` is
+    what is known already: which tensors are transposed, and which are not.
 
     **Raises:** `AdapterError`, which lists everything that is wrong; `ValueError` if a
     name to be changed is none of the adapter's.
     """
-    return _Planner(content, tensors, namer, square).plan()
+    return _Planner(content, tensors, namer, turned).plan()

@@ -13,11 +13,12 @@ import numpy as np
 
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
+from .._disk.adapter import read_adapter
 from .._disk.files import AdapterError, refuse
 from .._model.names import Namer, split
 from .._model.paths import join, named
 from .._model.targets import read_pattern
-from .content import Content, read_arrays, Update
+from .content import arrays_in, Content, Update
 
 
 LayerType: TypeAlias = Literal["Linear", "Embedding", "Conv", "ConvTranspose"]
@@ -46,9 +47,10 @@ class Layer(NamedTuple):
 
 
 def skeleton_of_ours(source: Path) -> Any:
-    """**Raises:** as `read_arrays`; `AdapterError` if PEFT has no name for one."""
+    """**Raises:** as `read_adapter` and `arrays_in`; `AdapterError` if PEFT has no name
+    for one."""
     layers, others = {}, {}
-    for path, (x, about) in read_arrays(source).items():
+    for path, (x, about) in arrays_in(source, read_adapter(source)).items():
         module, name = split(path)
         if about is None:
             others[path] = x

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,6 +25,28 @@ def to_numpy(path: str, x) -> np.ndarray:
             "concrete model, outside of `jax.jit` and of other transformations."
         )
     return np.asarray(x)
+
+
+def cast(path: str, x: Any, dtype: np.dtype) -> Any:
+    """An array in another type of number.
+
+    **Raises:** `OverflowError` if a number is too large for it.
+    """
+    if x.dtype == dtype:
+        return x
+    with np.errstate(over="ignore"):
+        out = x.astype(dtype)
+    if (_is_finite(x) & ~_is_finite(out)).any():
+        raise OverflowError(
+            f"{named(path)} has numbers that are too large for {dtype.name}, of which "
+            f"the largest is {float(jnp.finfo(dtype).max):.5g}."
+        )
+    return out
+
+
+def _is_finite(x) -> Any:
+    # NumPy asks this of its own types alone.
+    return np.isfinite(x if x.dtype.kind in "biufc" else x.astype(np.float32))
 
 
 def refuse_changed(model: PyTree, base: PyTree) -> None:

@@ -39,10 +39,15 @@ def fingerprint(model: PyTree) -> dict[str, str]:
     leaves = [leaf for leaf in leaves_of(model) if is_array(leaf.value)]
     often = collections.Counter(leaf.path for leaf in leaves)
     return {
-        leaf.path: f"{_type(leaf.value)} {_digests(leaf.value)}"
+        leaf.path: fingerprint_of(leaf.value)
         for leaf in leaves
         if often[leaf.path] == 1 and is_array(origin(leaf.value))
     }
+
+
+def fingerprint_of(x) -> str:
+    """That of one array: `float32[5,3] 0f3a... 77be...`."""
+    return f"{_type(x)} {_digests(x)}"
 
 
 def recorded(model: PyTree) -> dict[str, str] | None:
@@ -65,13 +70,17 @@ def check_base(path, before: Any, model: PyTree, same: bool) -> None:
         raise AdapterError(f"{path}: {e}.") from e
     if not differ:
         return
+    if same:
+        raise AdapterError(another_base(path, differ))
+    warnings.warn(another_base(path, differ), stacklevel=3)
+
+
+def another_base(path, differ: list[str]) -> str:
+    """What there is to say of a base that differs so."""
     lines = [f"\n  - {line}" for line in differ[:_LINES]]
     if len(differ) > _LINES:
         lines.append(f"\n  - and {len(differ) - _LINES} more")
-    said = f"The adapter {path} was trained on another base:{''.join(lines)}"
-    if same:
-        raise AdapterError(said)
-    warnings.warn(said, stacklevel=3)
+    return f"The adapter {path} was trained on another base:{''.join(lines)}"
 
 
 def base_differences(before: Any, model: PyTree) -> list[str]:
@@ -79,23 +88,36 @@ def base_differences(before: Any, model: PyTree) -> list[str]:
 
     **Raises:** `TypeError` if `before` is no fingerprint, as a file may have it.
     """
+    before, now = checked(before), fingerprint(model)
+    differ = [f"it has no {named(name)}" for name in before.keys() - now.keys()]
+    differ += [f"it has {named(name)} as well" for name in now.keys() - before.keys()]
+    for name in before.keys() & now.keys():
+        was, here = before[name].split(" ")[0], now[name].split(" ")[0]
+        if _shape(was) != _shape(here):
+            differ.append(f"{named(name)} is {here}, and was {was:.40}")
+        elif not may_be_same(before[name], now[name]):
+            differ.append(f"{named(name)} has other numbers")
+    return sorted(differ)
+
+
+def checked(before: Any) -> dict[str, str]:
+    """**Raises:** `TypeError` if it is no fingerprint, as a file may have it."""
     if not isinstance(before, dict) or any(
         not isinstance(x, str) or x.count(" ") != 2 for x in before.values()
     ):
         raise TypeError("what it says of its base is no fingerprint")
-    now = fingerprint(model)
-    differ = [f"it has no {named(name)}" for name in before.keys() - now.keys()]
-    differ += [f"it has {named(name)} as well" for name in now.keys() - before.keys()]
-    for name in before.keys() & now.keys():
-        was, exact, rounded = before[name].split(" ")
-        here, exact_here, rounded_here = now[name].split(" ")
-        if _shape(was) != _shape(here):
-            differ.append(f"{named(name)} is {here}, and was {was:.40}")
-        elif _UNKNOWN in (exact, exact_here):
-            continue
-        elif (exact != exact_here) if was == here else (rounded != rounded_here):
-            differ.append(f"{named(name)} has other numbers")
-    return sorted(differ)
+    return before
+
+
+def may_be_same(before: str, now: str) -> bool:
+    """Whether the fingerprints of two arrays are of the same, as far as they tell."""
+    was, exact, rounded = before.split(" ")
+    here, exact_here, rounded_here = now.split(" ")
+    if _shape(was) != _shape(here):
+        return False
+    if _UNKNOWN in (exact, exact_here):
+        return True
+    return exact == exact_here if was == here else rounded == rounded_here
 
 
 def _type(x) -> str:

@@ -4,37 +4,25 @@ import itertools
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import DTypeLike, PyTree
 
-from .._arrays.base import is_adapted
-from .._model.names import Namer, Names, stack_axes, unstack
-from .._model.paths import dotted, leaves_of, named
-from .exchange import same_bits, to_numpy, too_wide
+from .._arrays.check import check_float_dtype
+from .._model.names import Names
+from .._model.paths import named
+from .exchange import cast, same_bits, to_numpy, too_wide
 from .files import AdapterError, refuse, refuse_type, TensorFile, write_tensors
+from .places import is_array, Place, places_of
 from .shards import file_names, index_text, open_model, shards_of, take_away_others
 from .whole import folder_whole, written_whole
 
 
 _METADATA = {"format": "pt"}  # Without it `transformers` does not read a file.
-
-
-class _Place(NamedTuple):
-    """An array of a model, and the tensors that it stands for."""
-
-    path: str
-    value: Any
-    names: dict[tuple[int, ...], str]  # index along the stacking axes -> tensor
-
-    def shape(self) -> tuple[int, ...]:
-        """Of one of the tensors."""
-        return tuple(self.value.shape)[len(next(iter(self.names), ())) :]
 
 
 def save_model(
@@ -75,14 +63,15 @@ def save_model(
     **Raises:** `ValueError` if the model is adapted, holds no array, two different
     arrays have the same name, or `names` matches nothing; `TypeError` if it is abstract
     or traced, or of a type that the format does not have, such as that of random keys;
-    `OSError` if it cannot be written. What was there is still there then.
+    `OverflowError` if a number is too large for `dtype`; `OSError` if it cannot be
+    written. What was there is still there then.
     """
     path = Path(path)
     if not max_shard_size > 0:
         raise ValueError(f"`max_shard_size` must be positive, got {max_shard_size!r}.")
-    places = _places(model, names)
+    places = places_of(model, names)
     wanted = _float_type(dtype)
-    held: dict[str, tuple[_Place, tuple[int, ...]]] = {}
+    held: dict[str, tuple[Place, tuple[int, ...]]] = {}
     for place in places:
         refuse_type(_written_type(place, wanted), named(place.path))
         for index, name in place.names.items():
@@ -98,7 +87,7 @@ def save_model(
     def tensor(name: str) -> np.ndarray:
         place, index = held[name]
         x = to_numpy(place.path, place.value[index] if index else place.value)
-        return x.astype(_written_type(place, wanted), copy=False)
+        return cast(place.path, x, _written_type(place, wanted))
 
     if path.suffix == ".safetensors":
         with written_whole(path) as (new,):
@@ -152,10 +141,11 @@ def load_model(
 
     **Raises:** `AdapterError`, which lists everything that is wrong, if a tensor is
     missing, unexpected, or of another shape or type, or if a file is damaged;
-    `FileNotFoundError`; `ValueError` if `like` is adapted or `names` matches nothing.
+    `FileNotFoundError`; `ValueError` if `like` is adapted or `names` matches nothing;
+    `OverflowError` if a number is too large for `dtype`.
     """
     path, wanted = Path(path), _float_type(dtype)
-    places = _places(like, names)
+    places = places_of(like, names)
     shardings = _shardings(like, sharding)
     with open_model(path) as files:
         _refuse_misfit(path, places, files, wanted)
@@ -170,60 +160,21 @@ def load_model(
             loaded.append(arrays[key])
     leaves, treedef = jax.tree.flatten(like)
     rest = iter(loaded)
-    leaves = [next(rest) if _is_array(x) else x for x in leaves]
+    leaves = [next(rest) if is_array(x) else x for x in leaves]
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _is_array(x) -> bool:
-    return eqx.is_array(x) or isinstance(
-        x, np.ndarray | np.generic | jax.ShapeDtypeStruct
-    )
-
-
-def _places(model: PyTree, names: Names) -> list[_Place]:
-    for leaf in leaves_of(model):
-        if is_adapted(leaf.value):
-            raise ValueError(
-                f"{named(leaf.path)} is adapted. `lora_quax.merge` makes a plain model "
-                "of it; `save_adapter` and `load_adapter` are for what adapts one."
-            )
-    namer, out = Namer(names), []
-    for keys, x in jtu.tree_flatten_with_path(model)[0]:
-        if not _is_array(x):
-            continue
-        path = dotted(keys)
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"{named(path)} holds random keys, which the format does not have. "
-                "Leave them out with `eqx.partition`, or see `jax.random.key_data`."
-            )
-        name = namer(path)
-        if not name:
-            raise ValueError("The model is an array; `names={'': 'weight'}` names it.")
-        shape = tuple(x.shape)
-        if stack_axes(name) > len(shape):
-            raise ValueError(
-                f"{named(path)} is called {name!r}, which is for more stacked axes "
-                f"than it has: its shape is {shape}."
-            )
-        out.append(_Place(path, x, unstack(name, shape)))
-    namer.check()
-    return out
-
-
 def _float_type(dtype: DTypeLike | None) -> np.dtype | None:
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`dtype` must be a floating-point type, got {dtype!r}.")
-    return None if dtype is None else jnp.dtype(dtype)
+    return None if dtype is None else check_float_dtype(dtype)
 
 
-def _written_type(place: _Place, wanted: np.dtype | None) -> np.dtype:
+def _written_type(place: Place, wanted: np.dtype | None) -> np.dtype:
     dtype = jnp.dtype(place.value.dtype)
     is_float = jnp.issubdtype(dtype, jnp.floating)
     return wanted if wanted is not None and is_float else dtype
 
 
-def _are_tied(one: _Place, at, other: _Place, index) -> bool:
+def _are_tied(one: Place, at, other: Place, index) -> bool:
     if one.value is other.value and at == index:
         return True
     return same_bits(
@@ -233,7 +184,7 @@ def _are_tied(one: _Place, at, other: _Place, index) -> bool:
 
 def _refuse_misfit(
     path: Path,
-    places: list[_Place],
+    places: list[Place],
     files: dict[str, TensorFile],
     wanted: np.dtype | None,
 ) -> None:
@@ -273,7 +224,7 @@ def _refuse_misfit(
 
 def _shardings(like: PyTree, sharding: Any) -> list[jax.sharding.Sharding | None]:
     """For each array, where it is to be."""
-    arrays = eqx.filter(like, _is_array)
+    arrays = eqx.filter(like, is_array)
     if sharding is None:
         return [_own_sharding(x) for x in jax.tree.leaves(arrays)]
     if isinstance(sharding, jax.Device):
@@ -295,7 +246,7 @@ def _own_sharding(x) -> jax.sharding.Sharding | None:
 
 
 def _read(
-    place: _Place,
+    place: Place,
     files: dict[str, TensorFile],
     dtype: np.dtype,
     sharding: jax.sharding.Sharding | None,
@@ -304,7 +255,7 @@ def _read(
     views = {index: files[name].view(name) for index, name in place.names.items()}
 
     def part(index: Any) -> np.ndarray:
-        return _part(views, shape, index, dtype)
+        return _part(views, shape, index, place.path, dtype)
 
     if sharding is None:
         return jnp.asarray(part((slice(None),) * len(shape)))
@@ -318,6 +269,7 @@ def _part(
     views: dict[tuple[int, ...], np.ndarray],
     shape: tuple[int, ...],
     index: tuple[slice, ...],
+    path: str,
     dtype: np.dtype,
 ) -> np.ndarray:
     """A part of an array, of its slices along the axes that stack it."""
@@ -326,9 +278,9 @@ def _part(
     parts = [views[at][index[n:]] for at in itertools.product(*stacked)]
     # A copy: what is in the file is not to change under the model.
     if not n:
-        return np.array(parts[0], dtype)
+        return np.array(cast(path, parts[0], dtype))
     rest = [len(range(size)[at]) for size, at in zip(shape[n:], index[n:])]
     out = np.empty((*map(len, stacked), *rest), dtype)
     for at, x in zip(itertools.product(*(range(len(r)) for r in stacked)), parts):
-        out[at] = x
+        out[at] = cast(path, x, dtype)
     return out

@@ -52,6 +52,8 @@ def folder_whole(folder: Path, names: Iterable[str]) -> Iterator[list[Path]]:
     above it, and is there with all of them or not at all.
 
     The files in it of other names are left alone.
+
+    **Raises:** `NotADirectoryError` if there is a file in its place; another `OSError`.
     """
     goals = [folder / name for name in names]
     if folder.is_dir():
@@ -59,6 +61,11 @@ def folder_whole(folder: Path, names: Iterable[str]) -> Iterator[list[Path]]:
             yield beside
         return
     folder = Path(os.path.realpath(folder))
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(
+                f"{path} is a file; a folder {folder} is to be written."
+            )
     with _made(folder.parent), _beside(folder) as room:
         new = room / folder.name
         new.mkdir()
@@ -114,7 +121,10 @@ def _beside(goal: Path) -> Iterator[Path]:
         for _ in range(_TRIES):
             # It is locked for as long as it is in use, so as not to be taken away.
             room = goal.with_name(f".{name}.{secrets.token_hex(4)}.lora_quax")
-            room.mkdir()
+            try:
+                room.mkdir()
+            except OSError as e:  # Of the folder, not of what is hidden in it.
+                raise OSError(e.errno, e.strerror, str(goal.parent)) from e
             stack.callback(shutil.rmtree, room, ignore_errors=True)
             if stack.enter_context(_lock(room, wait=False)) is not False:
                 break

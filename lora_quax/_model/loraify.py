@@ -20,6 +20,7 @@ from .._arrays.check import (
     aval_of,
     check_alpha,
     check_factor_dtype,
+    check_flag,
     check_key,
     check_number,
     check_rank,
@@ -126,6 +127,8 @@ def loraify(
     """
     rank = check_rank(rank)
     check_alpha(alpha, rank)
+    stop_gradient = check_flag("stop_gradient", stop_gradient)
+    allow_materialise = check_flag("allow_materialise", allow_materialise)
     if not isinstance(key, jax.ShapeDtypeStruct):
         check_key(key)
     defaults = Adapt(rank, alpha, init_a, init_b, scale, dtype)

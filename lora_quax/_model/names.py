@@ -24,6 +24,12 @@ class Namer:
                 "`names` must be a mapping from paths to names, or a function of a "
                 f"path, got {names!r}."
             )
+        for key, name in names.items() if isinstance(names, Mapping) else ():
+            if not isinstance(key, str) or not isinstance(name, str):
+                raise TypeError(
+                    "`names` is a mapping from paths to names, which are strings; got "
+                    f"{name!r} for {key!r}."
+                )
         self.names = names
         self.unused = set(names) if isinstance(names, Mapping) else set()
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
+import jax
 import numpy as np
 
 from .._arrays.check import (
@@ -82,7 +83,14 @@ setattr(Adapt, "__init__", answers_peft(Adapt.__init__))
 Spec: TypeAlias = Adapt | int | bool | Literal["full", "freeze"] | None
 Target: TypeAlias = type | str | re.Pattern | Callable[[str, Any], Spec]
 # A list is of targets, or of pairs of a target and a spec.
-Targets: TypeAlias = Target | list[Any] | tuple[Any, ...] | Mapping[Any, Spec]
+Targets: TypeAlias = (
+    Target
+    | list[Any]
+    | tuple[Any, ...]
+    | set[Any]
+    | frozenset[Any]
+    | Mapping[Any, Spec]
+)
 # A spec, read.
 Treatment: TypeAlias = Adapt | Literal["full", "freeze"]
 
@@ -104,6 +112,8 @@ def read_targets(targets: Any) -> list[Entry]:
         return [Entry(DEFAULT_LAYERS, Adapt(), "the default targets")]
     if isinstance(targets, Mapping):
         entries = [_read_target(*item) for item in targets.items()]
+    elif isinstance(targets, set | frozenset):  # As `target_modules` of PEFT may be.
+        entries = [_read_target(target, True) for target in sorted(targets, key=repr)]
     elif isinstance(targets, list | tuple):
         entries = [_read_item(item) for item in targets]
     else:
@@ -132,6 +142,13 @@ def _read_target(target, spec) -> Entry:
         pattern, is_name = read_pattern(target)
         shown = repr(target if isinstance(target, str) else target.pattern)
         return Entry(pattern, read_spec(spec, shown), shown, is_name)
+    if isinstance(target, eqx.Module) and any(
+        map(eqx.is_array, jax.tree.leaves(target))
+    ):
+        raise TypeError(
+            "A target is the type of a layer, its name, or a function; got a layer "
+            f"itself: {target!r}. `{type(target).__name__}` means all of its type."
+        )
     if callable(target):
         if spec is not True:
             raise TypeError(

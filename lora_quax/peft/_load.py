@@ -12,7 +12,7 @@ import quax
 from jaxtyping import PyTree
 
 from .._arrays.base import make
-from .._arrays.check import aval_of, read_alpha
+from .._arrays.check import aval_of, check_float_dtype, read_alpha
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
@@ -68,8 +68,8 @@ def load(
     there is no such adapter. `ValueError` if `names` or `transposed` matches nothing.
     `TypeError` if `dtype` is no floating-point type.
     """
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"`dtype` must be a floating-point type, got {dtype!r}.")
+    if dtype is not None:
+        dtype = check_float_dtype(dtype)
     return put_around(
         read(directory, adapter_name, ignore),
         model,
@@ -171,6 +171,12 @@ class _Fit:
             self.problems.append(
                 f"{named(place.path)} is targeted as `{name}`, for which there are no "
                 "tensors"
+            )
+        # Without any the model's architecture says which they are.
+        if update is not None and not targeted and config.target_modules is not None:
+            self.problems.append(
+                f"there are factors of `{name}`, which the configuration does not "
+                "target, so that PEFT would leave them out"
             )
         return update
 
