@@ -23,6 +23,8 @@ PATTERNS = (
     "benchmarks/README.md",
     "benchmarks/results/README.md",
     "benchmarks/results/*.svg",
+    "benchmarks/results/jax-0.10/*.md",
+    "benchmarks/results/jax-0.10/*.svg",
     "notebooks/*.ipynb",
 )
 LINK = re.compile(r"(?<=\]\()(?!\w+:)([^)#\s]+)")
