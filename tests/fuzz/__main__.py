@@ -7,6 +7,7 @@ import pathlib
 import random
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 
 # As pytest does: the tests are no package, and `conftest` sets JAX up when imported.
@@ -66,7 +67,7 @@ def main() -> int:
                         seconds = time.monotonic() - start
                         done = report.outcomes.total()
                         print(f"[{seconds:.0f} s] {done} programs", flush=True)
-            except cf.process.BrokenProcessPool:
+            except BrokenProcessPool:
                 # XLA aborts on some programs, of dense weights as well. Which it was is
                 # for a reader to find out; others are drawn in the place of theirs.
                 print(f"STOPPED in one of the chunks {[*running.values()]}", flush=True)
