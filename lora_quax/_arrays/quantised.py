@@ -1,6 +1,6 @@
 """A weight that is kept in a few bits a number."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -11,27 +11,44 @@ from jax import lax
 from jax.core import ShapedArray
 from jaxtyping import Array, Float, Integer
 
-from .base import make
+from .base import make, replace
 from .check import aval_of, wider
 from .misuse import Unquaxified
 
 
-# What a code stands for, where that is not itself. NF4: Dettmers et al., *QLoRA*, arXiv
-# 2305.14314, appendix E.
-_BOOKS = {
-    "nf4": (
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
-        *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
-        *(0.7229568362236023, 1.0),
-    )
+class Kind(NamedTuple):
+    """What codes are, and what they stand for."""
+
+    bits: int
+    first: int = 0  # the code that is kept as 0, of those that are kept unsigned
+    book: tuple[float, ...] | None = None  # or what each of them stands for
+
+
+# NF4: Dettmers et al., *QLoRA*, arXiv 2305.14314, appendix E. Those with a `q` are
+# llama.cpp's.
+KINDS = {
+    "nf4": Kind(
+        4,
+        book=(
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+            *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+            *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+            *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+            *(0.7229568362236023, 1.0),
+        ),
+    ),
+    "int4": Kind(4, -8),
+    "int8": Kind(8),
+    "q4_0": Kind(4, -8),
+    "q4_1": Kind(4),
+    "q6_k": Kind(8),
+    "q8_0": Kind(8),
 }
 
 
 class QuantisedArray(Unquaxified, quax.ArrayValue):
     """The array `scale · code + offset`, with a scale, and perhaps an offset, for each
-    tile of it. `lora_quax.quantise` makes them.
+    tile of it. `lora_quax.quantise` and `lora_quax.load_gguf` make them.
 
     Inside `quax.quaxify` it stands for that array, which a product forms for as long as
     it needs it, forward and again backward: what is kept is the codes. It is frozen: no
@@ -39,13 +56,14 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
     arXiv 2305.14314.
     """
 
-    codes: Integer[Array, "..."]
-    scale: Float[Array, "..."]  # each axis divides that of the codes, into tiles
+    codes: Integer[Array, "..."]  # along the axis `packed` two in a byte
+    scale: Float[Array, "..."]  # each axis divides that of the array, into tiles
     offset: Float[Array, "..."] | None  # as `scale`
-    kind: str = eqx.field(static=True)  # "nf4", "int8", …
-    # The types that a decoded number is rounded to, one after the other; the last is the
-    # type of the array that it stands for.
+    kind: str = eqx.field(static=True)
+    # The types that a decoded number is rounded to, one after the other. The last is
+    # the type of the array that it stands for.
     casts: tuple[Any, ...] = eqx.field(static=True)
+    packed: int | None = eqx.field(static=True)  # counted from the end
 
     def __init__(
         self,
@@ -62,20 +80,27 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
         - `scale`: with as many axes, each of which divides that of the codes: 64 of the
             codes share one number where it is a 64th as long.
         - `offset`: what is added to a tile, if anything is; as `scale`.
-        - `kind`: what it is called. The codes of `"nf4"` are numbers of NormalFloat's
-            values; those of any other stand for themselves.
+        - `kind`: what the codes are: `"nf4"`, of which they are the numbers of its
+            values, `"int4"`, `"int8"`, or llama.cpp's `"q4_0"`, `"q4_1"`, `"q6_k"` or
+            `"q8_0"`.
         - `dtype`: the type of the array that it stands for.
 
-        **Raises:** `ValueError` if the shapes do not fit each other.
+        **Raises:** `ValueError` if `kind` is not known, or the shapes do not fit each
+        other.
         """
-        self.codes = codes
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
         self.scale = scale
         self.offset = offset
         self.kind = kind
         self.casts = (jnp.dtype(dtype),)
+        self.codes, self.packed = codes.astype(jnp.int8), None
+        if KINDS[kind].bits == 4:
+            self.codes = (self.codes - KINDS[kind].first).astype(jnp.uint8)
+            self.codes, self.packed = _packed(self.codes)
 
     def __check_init__(self):
-        shape, tiles = self.codes.shape, self.scale.shape
+        shape, tiles = self.shape, self.scale.shape
         fits = len(shape) == len(tiles) and all(
             n % max(1, m) == 0 and bool(m) == bool(n) for n, m in zip(shape, tiles)
         )
@@ -89,49 +114,69 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
     @property
     def tile(self) -> tuple[int, ...]:
         """How many numbers share a scale, along each axis."""
-        sizes = zip(self.codes.shape, self.scale.shape)
-        return tuple(n // max(1, m) for n, m in sizes)
+        return tuple(n // max(1, m) for n, m in zip(self.shape, self.scale.shape))
 
     def aval(self) -> ShapedArray:
-        return ShapedArray(aval_of(self.codes).shape, self.casts[-1])
+        shape = [*aval_of(self.codes).shape]
+        if self.packed is not None:
+            shape[self.packed] *= 2
+        return ShapedArray(tuple(shape), self.casts[-1])
+
+    def unpacked(self) -> "QuantisedArray":
+        """The same with a byte for each code."""
+        if self.packed is None:
+            return self
+        axis = self.packed + self.codes.ndim + 1
+        pairs = jnp.stack([self.codes & 15, self.codes >> 4], axis)
+        return replace(self, codes=pairs.reshape(self.shape), packed=None)
 
     def materialise(self) -> Array:
         """The array that it stands for."""
-        wide = wider(self.casts[0], self.scale.dtype, jnp.float32)
-        x = self.codes
-        if (book := _BOOKS.get(self.kind)) is not None:
-            # What is looked up is known to be there: nothing need be filled in.
-            x = jnp.asarray(book, wide).at[x].get(mode="promise_in_bounds")
-        x = _times(x.astype(wide), self.scale.astype(wide))
+        dtype = wider(self.casts[0], self.scale.dtype, jnp.float32)
+        kind, x = KINDS[self.kind], self.unpacked().codes
+        if kind.book is None:
+            x = x.astype(dtype) + kind.first
+        else:  # What is looked up is known to be there: nothing need be filled in.
+            x = jnp.asarray(kind.book, dtype).at[x].get(mode="promise_in_bounds")
+        x = _times(x, self.scale.astype(dtype))
         if self.offset is not None:
-            x = _plus(x, self.offset.astype(wide))
+            x = _plus(x, self.offset.astype(dtype))
         for dtype in self.casts:
             x = x.astype(dtype)
         return lax.stop_gradient(x)
 
-    def on_tiles(self, codes, move) -> "QuantisedArray":
-        """With other codes, and `move` of the scales and the offsets."""
+    def moved(self, codes: tuple[Any, int | None], move) -> "QuantisedArray":
+        """With other codes, packed along an axis, and `move` of scales and offsets."""
         offset = None if self.offset is None else move(self.offset)
         return make(
             QuantisedArray,
-            codes=codes,
+            codes=codes[0],
             scale=move(self.scale),
             offset=offset,
             kind=self.kind,
             casts=self.casts,
+            packed=codes[1],
         )
 
     def __pdoc__(self, **kwargs):
-        name = np.dtype(self.casts[-1]).name
-        shape = getattr(self.codes, "shape", None)
-        said = f"{name}{[*shape]}" if shape is not None else repr(self.codes)
-        docs = [wl.TextDoc(said), wl.TextDoc(repr(self.kind))]
-        if shape is not None and hasattr(self.scale, "shape"):
-            docs.append(wl.TextDoc(f"tile={self.tile}"))
+        docs = [wl.TextDoc(repr(self.kind))]
+        if hasattr(self.codes, "shape"):
+            name = np.dtype(self.casts[-1]).name
+            docs.insert(0, wl.array_summary(self.shape, name, kind=None))
+            if hasattr(self.scale, "shape"):
+                docs.append(wl.TextDoc(f"tile={self.tile}"))
         name = wl.TextDoc(f"{type(self).__name__}(")
-        return wl.bracketed(
-            name, docs, wl.comma, wl.TextDoc(")"), kwargs.get("indent", 2)
-        )
+        indent = kwargs.get("indent", 2)
+        return wl.bracketed(name, docs, wl.comma, wl.TextDoc(")"), indent)
+
+
+def _packed(codes) -> tuple[Any, int | None]:
+    """Two in a byte, along the last axis of even length, if there is one."""
+    even = [i for i, n in enumerate(codes.shape) if n % 2 == 0]
+    if not even:
+        return codes, None
+    low, high = (lax.slice_in_dim(codes, i, None, 2, even[-1]) for i in (0, 1))
+    return low | high << 4, even[-1] - codes.ndim
 
 
 def _tiled(op):

@@ -24,7 +24,6 @@ from .places import is_array, Place, places_of
 class _Type(NamedTuple):
     """A type of blocks: where in the bytes of one its scales are."""
 
-    codes: Any  # the type of the codes
     tile: int  # how many numbers share a scale
     scale: slice  # of type float16
     offset: slice | None = None  # of type float16
@@ -32,12 +31,15 @@ class _Type(NamedTuple):
 
 
 _TYPES = {
-    "Q4_0": _Type(jnp.int4, 32, slice(0, 2)),
-    "Q4_1": _Type(jnp.uint4, 32, slice(0, 2), slice(2, 4)),
-    "Q8_0": _Type(jnp.int8, 32, slice(0, 2)),
-    "Q6_K": _Type(jnp.int8, 16, slice(208, 210), inner=slice(192, 208)),
+    "Q4_0": _Type(32, slice(0, 2)),
+    "Q4_1": _Type(32, slice(0, 2), slice(2, 4)),
+    "Q8_0": _Type(32, slice(0, 2)),
+    "Q6_K": _Type(16, slice(208, 210), inner=slice(192, 208)),
 }
-_PLAIN = ("F32", "F16", "BF16", "F64")
+_ARCHITECTURE = "general.architecture"
+_Q_HEADS = "llama.attention.head_count"
+_K_HEADS = "llama.attention.head_count_kv"
+_PLAIN = ("F32", "F16", "BF16")
 
 
 def load_gguf(path: str | os.PathLike, like: PyTree, *, names: Names = None) -> PyTree:
@@ -76,9 +78,8 @@ def load_gguf(path: str | os.PathLike, like: PyTree, *, names: Names = None) -> 
         # Arrays of one name are one array: the weights are tied.
         key = tuple(place.names.values()), jnp.dtype(place.value.dtype)
         if key not in arrays:
-            arrays[key] = _stacked(
-                [file.array(*key[1:], name) for name in key[0]], place
-            )
+            tensors = [file.array(name, key[1]) for name in key[0]]
+            arrays[key] = _stacked(tensors, place)
         loaded.append(arrays[key])
     leaves, treedef = jax.tree.flatten(like)
     rest = iter(loaded)
@@ -98,20 +99,22 @@ class _File(NamedTuple):
     def type(self, name: str) -> str:
         return self.tensors[name].tensor_type.name
 
-    def array(self, name: str, dtype: np.dtype) -> Any:
-        """A tensor as NumPy's: a plain array, or the parts of a quantised one."""
+    def array(self, name: str, dtype: np.dtype) -> jax.Array | QuantisedArray:
         tensor, shape, kind = self.tensors[name], self.shape(name), self.type(name)
+        heads = self.heads.get(".".join(name.split(".")[-2:]))
+
+        def ready(x: np.ndarray) -> jax.Array:
+            return jnp.asarray(x if heads is None else _unturned(x, heads))
+
         if kind in _PLAIN:
-            out = _dequantize(tensor.data, tensor.tensor_type)
-            parts = [cast(name, out.reshape(shape), dtype)]
-        else:
-            parts = _parts(tensor, shape, _TYPES[kind])
-        end = ".".join(name.split(".")[-2:])
-        if (heads := self.heads.get(end)) is not None:
-            parts = [None if x is None else _unturned(x, heads) for x in parts]
-        if kind in _PLAIN:
-            return parts[0]
-        return QuantisedArray(*parts, kind=kind.lower(), dtype=dtype)
+            x = _dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            return ready(cast(name, x, dtype))
+        codes, scale, offset = _parts(tensor, shape, _TYPES[kind])
+        offset = None if offset is None else ready(offset)
+        kind = kind.lower()
+        return QuantisedArray(
+            ready(codes), ready(scale), offset, kind=kind, dtype=dtype
+        )
 
 
 def _read(path: Path) -> _File:
@@ -126,17 +129,18 @@ def _read(path: Path) -> _File:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         reader = gguf.GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items()}
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if name in (_ARCHITECTURE, _Q_HEADS, _K_HEADS)
+        }
     except (ValueError, IndexError, KeyError, TypeError, OverflowError) as e:
         raise AdapterError(f"{path} is no sound GGUF file: {e}.") from e
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     heads = {}
-    if fields.get("general.architecture") == "llama":
-        n = fields.get("llama.attention.head_count")
-        heads = {
-            "attn_q.weight": n,
-            "attn_k.weight": fields.get("llama.attention.head_count_kv", n),
-        }
+    if fields.get(_ARCHITECTURE) == "llama" and _Q_HEADS in fields:
+        heads["attn_q.weight"] = fields[_Q_HEADS]
+        heads["attn_k.weight"] = fields.get(_K_HEADS, fields[_Q_HEADS])
     return _File(tensors, heads)
 
 
@@ -146,7 +150,7 @@ def _dequantize(data: np.ndarray, kind) -> np.ndarray:
     return gguf.quants.dequantize(data, kind)
 
 
-def _parts(tensor, shape: tuple[int, ...], kind: _Type) -> list[np.ndarray | None]:
+def _parts(tensor, shape: tuple[int, ...], kind: _Type):
     """The codes, scales and offsets of blocks."""
     tiles = (*shape[:-1], shape[-1] // kind.tile)
     n_blocks = tensor.data.size // _block_bytes(tensor)
@@ -161,7 +165,7 @@ def _parts(tensor, shape: tuple[int, ...], kind: _Type) -> list[np.ndarray | Non
     if kind.offset is not None:
         blocks[:, kind.offset] = 0
     codes = _dequantize(blocks.reshape(tensor.data.shape), tensor.tensor_type)
-    codes = codes.reshape(shape).astype(kind.codes)
+    codes = codes.reshape(shape).astype(np.int8)
     offset = None if offset is None else offset.reshape(tiles)
     return [codes, scale.reshape(tiles), offset]
 
@@ -184,10 +188,9 @@ def _stacked(parts: list, place: Place) -> Any:
     lead = tuple(place.value.shape)[: len(next(iter(place.names)))]
 
     def joined(*xs):
-        x = np.stack(xs).reshape(*lead, *xs[0].shape) if lead else xs[0]
-        return jnp.asarray(x)
+        return jnp.stack(xs).reshape(*lead, *xs[0].shape)
 
-    return jax.tree.map(joined, *parts)
+    return jax.tree.map(joined, *parts) if lead else parts[0]
 
 
 def _refuse_misfit(path: Path, places: list[Place], file: _File) -> None:

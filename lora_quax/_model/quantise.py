@@ -119,8 +119,8 @@ def _quantised(leaf: Leaf, kind: str, tile: int | None) -> QuantisedArray:
         )
     shape = aval_of(x).shape
     first = len(shape) - leaf.axes[1]  # Of the columns.
-    tile = shape[first] if tile is None else tile
-    if shape[first] % max(1, tile):
+    size = max(1, shape[first] if tile is None else tile)
+    if shape[first] % size:
         raise ValueError(
             f"{where} of shape {shape} has {shape[first]} columns, of which tiles of "
             f"{tile} leave a rest. Give a `tile` that divides it, or leave it out of "
@@ -130,7 +130,7 @@ def _quantised(leaf: Leaf, kind: str, tile: int | None) -> QuantisedArray:
         if not bool(jnp.isfinite(x).all()):
             raise ValueError(f"{where} has infinities or NaNs, which no kind has.")
     run = ft.partial(eqx.filter_eval_shape, _encode) if _is_abstract(x) else _encode_jit
-    return run(x, kind, first, tile)
+    return run(x, kind, first, size)
 
 
 def _encode(x, kind: str, first: int, tile: int) -> QuantisedArray:

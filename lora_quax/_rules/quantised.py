@@ -6,6 +6,7 @@ Quax does by itself.
 """
 
 import functools as ft
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ def _product(primitive, at: int, operands, params):
     # The decoded weight is formed again in the backward pass, and not kept for it.
     @jax.checkpoint
     def run(operands):
+        # Not before what it is multiplied with is there: weights that were all decoded
+        # at the start would all be held.
+        operands = lax.optimization_barrier(operands)
         w = operands[at].materialise()
         return primitive.bind(*operands[:at], w, *operands[at + 1 :], **dict(params))
 
@@ -68,15 +72,34 @@ def _moves(primitive, move):
     @quax.register(primitive)
     def _(w: QuantisedArray, *rest: ArrayLike, **params):
         rest = tuple(map(as_array, rest))
-        moved = lambda s: move(s, w.shape, *rest, **params)
+        on_scale = lambda s: move(s, w.shape, *rest, **params)
         try:
-            moved(w.scale)
+            on_scale(w.scale)
         except NotLazy:
             return _decoded(primitive, w, *rest, **params)
-        codes = primitive.bind(w.codes, *rest, **params)
+        codes = _moved_codes(primitive, move, w, rest, params)
         if not isinstance(codes, list):
-            return w.on_tiles(codes, moved)
-        return [w.on_tiles(x, lambda s, i=i: moved(s)[i]) for i, x in enumerate(codes)]
+            return w.moved(codes, on_scale)
+        parts = enumerate(codes)
+        return [w.moved(x, lambda s, i=i: on_scale(s)[i]) for i, x in parts]
+
+
+def _moved_codes(primitive, move, w: QuantisedArray, rest, params) -> Any:
+    """The codes, and which axis is packed; a list of such pairs for several results."""
+    bind = ft.partial(primitive.bind, **params)
+    if w.packed is not None:
+        try:
+            codes = move(w.codes, w.shape, *rest, alike=False, **params)
+            types = jax.eval_shape(bind, jax.ShapeDtypeStruct(w.shape, jnp.int8), *rest)
+            return jax.tree.map(lambda x, of: (x, _packed_axis(x, of)), codes, types)
+        except NotLazy:  # Two codes in a byte part.
+            w = w.unpacked()
+    return jax.tree.map(lambda x: (x, None), bind(w.codes, *rest))
+
+
+def _packed_axis(codes, of) -> int:
+    (axis,) = (i for i, n in enumerate(of.shape) if n != codes.shape[i])
+    return axis - of.ndim
 
 
 for _primitive, _move in {**tiles.TILES, lax.reshape_p: tiles.reshape}.items():
@@ -111,15 +134,21 @@ def _gather(
         raise NotLazy("slices along an axis with several tiles")
     if fills(params) and not np.isnan(fill_value):
         raise NotLazy("what is filled in is a number")
+    if w.packed is not None and w.packed + n in cut:
+        w = w.unpacked()
+    shares = [x // y for x, y in zip(w.shape, w.codes.shape)]
     codes = lax.gather_p.bind(
         w.codes,
         indices,
         dimension_numbers=numbers,
-        slice_sizes=slice_sizes,
+        slice_sizes=tuple(k // share for k, share in zip(slice_sizes, shares)),
         fill_value=0,
         **params,
     )
     order = result_labels(n, indices, numbers)
+    packed = None
+    if w.packed is not None:
+        packed = order.index(w.packed + n) - len(order)
     # Along these axes there is one number for all of the array.
     alone = [i for i in cut if w.scale.shape[i] == 1 != w.shape[i]]
     labels = [i for i in range(n) if i not in alone]
@@ -132,7 +161,7 @@ def _gather(
         s = s.transpose([found.index(i) for i in order if i in found])
         return jnp.expand_dims(s, [k for k, i in enumerate(order) if i not in found])
 
-    out = w.on_tiles(codes, looked_up)
+    out = w.moved((codes, packed), looked_up)
     is_weight = sum(isinstance(i, int) for i in order) > 1
     return out if is_weight else out.materialise()
 

@@ -21,46 +21,51 @@ from .register import NotLazy
 _CUT = "it cuts through a tile of numbers that share a scale"
 
 
-def transpose(s, of, *, permutation):
-    del of
+def transpose(s, of, *, alike=True, permutation):
+    del of, alike
     return s.transpose(permutation)
 
 
-def squeeze(s, of, *, dimensions):
-    del of
+def squeeze(s, of, *, alike=True, dimensions):
+    del of, alike
     return s.squeeze(dimensions)
 
 
-def rev(s, of, *, dimensions):
-    del of
+def rev(s, of: Sequence[int], *, alike=True, dimensions):
+    if not alike and any(of[i] != s.shape[i] for i in dimensions):
+        raise NotLazy(_CUT)
     return lax.rev(s, dimensions)
 
 
-def tile(s, of, *, reps):
+def tile(s, of, *, alike=True, reps):
     del of
-    return lax.tile(s, [1 if n == 1 else m for n, m in zip(s.shape, reps)])
+    return lax.tile(s, [1 if n == 1 and alike else m for n, m in zip(s.shape, reps)])
 
 
-def broadcast_in_dim(s, of, *, shape, broadcast_dimensions, sharding):
-    del of, sharding
-    sizes = [1] * len(shape)
-    for i, n in zip(broadcast_dimensions, s.shape):
-        sizes[i] = n
+def broadcast_in_dim(
+    s, of: Sequence[int], *, alike=True, shape, broadcast_dimensions, sharding
+):
+    del sharding
+    sizes = [1] * len(shape) if alike else list(shape)
+    for i, n, m in zip(broadcast_dimensions, of, s.shape):
+        sizes[i] = m if alike or n != m else shape[i]
     return lax.broadcast_in_dim(s, sizes, broadcast_dimensions)
 
 
-def slice_(s, of: Sequence[int], *, start_indices, limit_indices, strides):
+def slice_(s, of: Sequence[int], *, alike=True, start_indices, limit_indices, strides):
     strides = strides or [1] * s.ndim
     cuts = zip(of, s.shape, start_indices, limit_indices, strides)
-    return lax.slice(s, *zip(*(_cut(*cut) for cut in cuts))) if s.ndim else s
+    return lax.slice(s, *zip(*(_cut(alike, *cut) for cut in cuts))) if s.ndim else s
 
 
-def _cut(n: int, m: int, start: int, stop: int, stride: int) -> tuple[int, int, int]:
+def _cut(
+    alike: bool, n: int, m: int, start: int, stop: int, stride: int
+) -> tuple[int, int, int]:
     """A cut out of `n` elements as one out of their `m` tiles."""
     if start >= stop:
         return 0, min(1, m), 1
     size = n // m
-    if start // size == (stop - 1) // size:  # All of it is in one tile.
+    if alike and start // size == (stop - 1) // size:  # All of it is in one tile.
         return start // size, start // size + 1, 1
     if size == 1:
         return start, stop, stride
@@ -69,31 +74,31 @@ def _cut(n: int, m: int, start: int, stop: int, stride: int) -> tuple[int, int, 
     raise NotLazy(_CUT)
 
 
-def dynamic_slice(s, of: Sequence[int], *starts, slice_sizes):
+def dynamic_slice(s, of: Sequence[int], *starts, alike=True, slice_sizes):
     if not starts:
         return s
     starts, sizes = list(starts), list(slice_sizes)
     for i, (n, m) in enumerate(zip(of, s.shape)):
-        if m == 1 or sizes[i] == n:
+        if sizes[i] == n or m == 1 and alike:
             starts[i], sizes[i] = jnp.zeros((), starts[i].dtype), m
         elif m != n:
             raise NotLazy(_CUT)
     return slice_at(s, starts, sizes)
 
 
-def split(s, of: Sequence[int], *, sizes, axis):
+def split(s, of: Sequence[int], *, alike=True, sizes, axis):
     out, start = [], 0
     for size in map(int, sizes):
         starts, limits = [0] * s.ndim, list(of)
         starts[axis], limits[axis] = start, start + size
         cut = dict(start_indices=starts, limit_indices=limits, strides=None)
-        out.append(slice_(s, of, **cut))
+        out.append(slice_(s, of, alike=alike, **cut))
         start += size
     return out
 
 
-def unstack(s, of: Sequence[int], *, axis):
-    parts = split(s, of, sizes=(1,) * of[axis], axis=axis)
+def unstack(s, of: Sequence[int], *, alike=True, axis):
+    parts = split(s, of, alike=alike, sizes=(1,) * of[axis], axis=axis)
     return [part.squeeze(axis) for part in parts]
 
 
@@ -111,11 +116,11 @@ TILES = {
 }
 
 
-def reshape(s, of: Sequence[int], *, new_sizes, dimensions, sharding):
+def reshape(s, of: Sequence[int], *, alike=True, new_sizes, dimensions, sharding):
     """A block of axes is `(tiles, numbers in one)` for each of them. What stands for it
     afterwards is cut out of these, and each new axis has to begin with tiles and end
     with what is within one."""
-    del sharding
+    del alike, sharding
     if dimensions is not None:
         s, of = s.transpose(dimensions), [of[i] for i in dimensions]
     if 0 in of:
