@@ -112,11 +112,13 @@ def on_scaled(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArra
     return _lora(Scaled(array, jnp.asarray(0.7, dtype)), rank, seed, **kwargs)
 
 
-def quantised(shape, *, seed=0, dtype=jnp.float64, kind="int4", **kwargs):
+def quantised(
+    shape, *, seed=0, dtype=jnp.float64, kind="int4", tile=2, **kwargs
+) -> QuantisedArray:
     """In tiles of two columns, or of all of them if they are odd."""
     del kwargs
     codes = np.random.default_rng(seed).integers(-8, 8, shape)
-    size = 2 if shape[-1] % 2 == 0 else shape[-1]
+    size = tile if shape[-1] % tile == 0 else shape[-1]
     tiles = (*shape[:-1], shape[-1] // size)
     scale, offset = drawn(tiles, (seed, 3), dtype, 0.2), drawn(tiles, (seed, 4), dtype)
     return QuantisedArray(jnp.asarray(codes), scale, offset, kind=kind, dtype=dtype)

@@ -9,7 +9,13 @@ import pytest
 import quax
 from helpers import adapted, assert_close, drawn
 
-from lora_quax import AdapterError, dequantise, load_gguf, QuantisedArray
+from lora_quax import (
+    AdapterError,
+    dequantise,
+    load_gguf,
+    QuantisedArray,
+    save_model,
+)
 
 
 gguf = pytest.importorskip("gguf")
@@ -101,9 +107,12 @@ def test_rows_of_a_llama_are_in_the_order_of_hugging_face(tmp_path):
         for name, x in {"q": q, "k": k, "v": k}.items()
     }
     tensors = {k: np.array(x, np.float32) for k, x in tensors.items()}
+    tensors["blk.0.attn_q.bias"] = q.astype(np.float32)
     heads = dict(head_count=2, head_count_kv=1)
     path = write(tmp_path / "m.gguf", tensors, "llama", **heads)
     out = load_gguf(path, {name: like(*x.shape) for name, x in tensors.items()})
+    bias = out.pop("blk.0.attn_q.bias")
+    assert [*map(int, bias)] == [0, 2, 1, 3, 4, 6, 5, 7]
     rows = {name[11]: [*map(int, x[:, 0])] for name, x in out.items()}
     assert rows == {"q": [0, 2, 1, 3, 4, 6, 5, 7], "k": [0, 2, 1, 3], "v": [0, 1, 2, 3]}
 
@@ -168,3 +177,21 @@ def test_another_file(tmp_path):
         load_gguf(tmp_path / "x", LIKE)
     with pytest.raises(FileNotFoundError, match="There is no file"):
         load_gguf(tmp_path / "y", LIKE)
+
+
+@pytest.mark.parametrize("heads", [0, 4, 5])
+def test_heads_that_the_rows_are_not_of(heads, tmp_path):
+    """Four heads would have an odd number of rows each."""
+    tensors = {"blk.0.attn_q.weight": np.zeros((12, 4), np.float32)}
+    path = write(tmp_path / "m.gguf", tensors, "llama", head_count=heads)
+    with pytest.raises(AdapterError, match="has not the rows of the heads that the"):
+        load_gguf(path, {"blk.0.attn_q.weight": like(12, 4)})
+
+
+def test_a_model_that_is_quantised_is_no_pattern(tmp_path):
+    path = write(tmp_path / "m.gguf", GOOD)
+    model = load_gguf(path, LIKE)
+    with pytest.raises(ValueError, match="`w` is quantised, and here are plain arrays"):
+        load_gguf(path, model)
+    with pytest.raises(ValueError, match="`w` is quantised, and here are plain arrays"):
+        save_model(tmp_path / "x", model)

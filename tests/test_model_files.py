@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -379,7 +380,9 @@ UNSAVABLE = {
         "`x` has numbers that are too large for float8_e4m3fn",
     ),
     "a name that is none": (
-        lambda path, net: save_model(path, net, names={"table": "t", "half": 1}),
+        lambda path, net: save_model(
+            path, net, names=dict[str, Any](table="t", half=1)
+        ),
         TypeError,
         "which are strings; got 1 for 'half'",
     ),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import quax
 from files import bits
-from helpers import adapted, assert_close, drawn, filled, quantised
+from helpers import adapted, assert_close, check, drawn, filled, low_rank, quantised
 from jax import lax
 
 import lora_quax
@@ -141,6 +141,8 @@ MOVES = {
     "whole tiles": (lambda w: w[..., 2:6], True),
     "in one tile": (lambda w: w[..., 2:3], True),
     "a part of a tile": (lambda w: w[..., 1:5], False),
+    "no columns": (lambda w: w[..., :0], True),
+    "no rows": (lambda w: w[:0], True),
     "every other column": (lambda w: w[..., ::2], False),
     "split": (lambda w: jnp.split(w, 3, axis=-1)[1], True),
     "split in a tile": (lambda w: jnp.split(w, [3], axis=-1)[1], False),
@@ -176,6 +178,66 @@ def test_layout(name, outside, kind, x64):
         move(w.materialise()),
     )
     assert isinstance(out, QuantisedArray) == is_kept
+
+
+def _loop(w, body):
+    return lax.fori_loop(0, 2, lambda _, w: body(w), w)
+
+
+CONTROL = {
+    "a map over rows": lambda w: lax.map(lambda r: r.sum(1), w),
+    "a map over columns": lambda w: lax.map(lambda r: r.sum(1), w.transpose(2, 0, 1)),
+    "a map of products": lambda w: lax.map(lambda r: r @ r.T, w[:2]),
+    "branches alike": lambda w: lax.cond(w.sum() > 0, lambda: w, lambda: w[::-1]),
+    "branches that differ": lambda w: lax.cond(w.sum() > 0, lambda: w, lambda: w * 2),
+    "reversed columns": lambda w: lax.cond(
+        w.sum() > 0, lambda: w[..., ::-1], lambda: w
+    ),
+    "a switch": lambda w: lax.switch(
+        1, [lambda: w[:, :, 0], lambda: w.sum(2), lambda: w.mean(2)]
+    ),
+    "a loop of casts": lambda w: _loop(
+        w, lambda w: w.astype(jnp.bfloat16).astype(w.dtype)
+    ),
+    "a derivative of its own": lambda w: jax.nn.relu(w),
+    "checkpointed": lambda w: jax.checkpoint(lambda w: jnp.sin(w))(w),
+    "filled columns": lambda w: jnp.take(w, jnp.array([1, 99]), axis=2),
+    "filled rows": lambda w: jnp.take(w, jnp.array([99, 1]), axis=0),
+    "joined": lambda w: jnp.concatenate([w[..., :0], w, w[:, :, :2]], -1),
+}
+
+
+# Of an adapted one these are refused, or have NaNs in more of the gradient.
+ALONE = (
+    "a derivative of its own",
+    "checkpointed",
+    "filled columns",
+    "filled rows",
+)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("tile", [2, 6])
+@pytest.mark.parametrize("name", CONTROL)
+def test_control(name, tile, kind, x64):
+    """With several tiles, and with one; alone, and adapted."""
+    program = CONTROL[name]
+    w = quantised((4, 3, 6), kind=kind, tile=tile)
+    check(quax.quaxify(program), program, (w,))
+    if name not in ALONE:
+        delta = low_rank((4, 3, 6), allow_materialise=True)
+        check(quax.quaxify(program), program, (LoraArray.from_parts(w, delta),))
+
+
+def test_tied_weights_stay_one():
+    w = drawn((6, 8), 0, jnp.float32)
+    tied = {"embed": w, "head": w}
+    out = quantise(tied, "int8", targets=["embed", "head"], tile=4)
+    assert out["embed"] is out["head"]
+    plain = dequantise(out)
+    assert plain["embed"] is plain["head"]
+    with pytest.raises(ValueError, match="`head` is one array with another"):
+        quantise(tied, "int8", targets="embed", tile=4)
 
 
 # Memory: of each weight, decoded, there is no more than one at a time.
@@ -232,7 +294,7 @@ def test_summary_says_bits_and_bytes():
     assert [row.bits for row in summary.rows] == [4.5]
     # Two quantised weights, two biases, and the factors of one update.
     assert summary.bytes == 2 * 64 * 64 * 4.5 / 8 + 4 * (2 * 64 + 2 * 2 * 64)
-    assert "4.5" in str(summary) and "0.0 MB" in str(summary)
+    assert "4.5" in str(summary) and "6.1 kB" in str(summary)
     abstract = lora_quax.summary(eqx.filter_eval_shape(lambda: model))
     assert abstract.bytes is None and "bits" not in str(abstract)
     assert "bits" not in str(lora_quax.summary(loraify(net(), 2, jr.key(1))))
@@ -286,6 +348,30 @@ WRONG = {
         ),
         ValueError,
         r"Scales of shape \(2, 4\) are no tiles of an array of shape \(2, 6\)",
+    ),
+    "codes that it has not": (
+        lambda: QuantisedArray(jnp.array([[17, 0]]), jnp.ones((1, 1)), kind="nf4"),
+        ValueError,
+        "The codes of 'nf4' are from 0 to 15; got some from 0 to 17",
+    ),
+    "codes that are no integers": (
+        lambda: QuantisedArray(jnp.ones((1, 2)), jnp.ones((1, 1)), kind="int8"),
+        TypeError,
+        "",
+    ),
+    "a type that is no number's": (
+        lambda: QuantisedArray(
+            jnp.ones((1, 2), int), jnp.ones((1, 1)), kind="int8", dtype=jnp.int32
+        ),
+        TypeError,
+        "`dtype` must be a floating-point type",
+    ),
+    "mapped along a tile": (
+        lambda: jax.vmap(quax.quaxify(lambda w: w.sum()), in_axes=1)(
+            quantise(net(), "int8", tile=4).linear.weight
+        ),
+        ValueError,
+        "got arg|axis|scales",
     ),
     "outside of quaxify": (
         lambda: quantise(net(), tile=4).linear(jnp.ones(16)),

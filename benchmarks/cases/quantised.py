@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -88,7 +89,8 @@ def rows(size: Size) -> list[Row | Absent]:
         on_base = _around(base_of(model), adapted)
         program = _work.program(lora_quax.partition(on_base), loss)
         row = _work.training(kind, program, data, adapted=kind == "nf4")
-        first = on_base.blocks[0].q.weight.base
+        first: Any = on_base.blocks[0].q.weight
+        first = first.base
         facts = {**row.facts, "bytes a number": _held(first) / first.size}
         out.append(dataclasses.replace(row, facts=facts))
     return [*out, _qwix(model, adapted, data)]

@@ -3,16 +3,17 @@
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import quax
 import wadler_lindig as wl
 from jax import lax
-from jax.core import ShapedArray
+from jax.core import ShapedArray, Tracer
 from jaxtyping import Array, Float, Integer
 
 from .base import make, replace
-from .check import aval_of, wider
+from .check import aval_of, check_float_dtype, wider
 from .misuse import Unquaxified
 
 
@@ -85,22 +86,24 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
             `"q8_0"`.
         - `dtype`: the type of the array that it stands for.
 
-        **Raises:** `ValueError` if `kind` is not known, or the shapes do not fit each
-        other.
+        **Raises:** `ValueError` if `kind` is not known, has not all of the codes, or
+        the shapes do not fit each other; `TypeError` if the codes are no integers, or
+        `dtype` is no floating-point type.
         """
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}.")
+        _check_codes(codes, kind)
         self.scale = scale
         self.offset = offset
         self.kind = kind
-        self.casts = (jnp.dtype(dtype),)
+        self.casts = (jax.dtypes.canonicalize_dtype(check_float_dtype(dtype)),)
         self.codes, self.packed = codes.astype(jnp.int8), None
         if KINDS[kind].bits == 4:
             self.codes = (self.codes - KINDS[kind].first).astype(jnp.uint8)
             self.codes, self.packed = _packed(self.codes)
 
     def __check_init__(self):
-        shape, tiles = self.shape, self.scale.shape
+        shape, tiles = self._shape(), self.scale.shape
         fits = len(shape) == len(tiles) and all(
             n % max(1, m) == 0 and bool(m) == bool(n) for n, m in zip(shape, tiles)
         )
@@ -116,11 +119,22 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
         """How many numbers share a scale, along each axis."""
         return tuple(n // max(1, m) for n, m in zip(self.shape, self.scale.shape))
 
-    def aval(self) -> ShapedArray:
+    def _shape(self) -> tuple[int, ...]:
         shape = [*aval_of(self.codes).shape]
         if self.packed is not None:
             shape[self.packed] *= 2
-        return ShapedArray(tuple(shape), self.casts[-1])
+        return tuple(shape)
+
+    def aval(self) -> ShapedArray:
+        shape = self._shape()
+        tiles = getattr(self.scale, "shape", shape)
+        if len(tiles) != len(shape) or any(n % max(1, m) for n, m in zip(shape, tiles)):
+            raise ValueError(
+                f"A QuantisedArray has scales of shape {tiles} for codes of shape "
+                f"{shape}. `jax.vmap` outside of `quaxify` maps over each of "
+                "its parts: right for a leading axis that stacks arrays, and no other."
+            )
+        return ShapedArray(shape, self.casts[-1])
 
     def unpacked(self) -> "QuantisedArray":
         """The same with a byte for each code."""
@@ -170,9 +184,25 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
         return wl.bracketed(name, docs, wl.comma, wl.TextDoc(")"), indent)
 
 
+def _check_codes(codes, kind: str) -> None:
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(f"Codes must be integers, got {aval_of(codes)}.")
+    bits, first = KINDS[kind].bits, KINDS[kind].first
+    if bits == 8:
+        first = -128
+    if isinstance(codes, Tracer) or not codes.size:
+        return
+    least, most = int(codes.min()), int(codes.max())
+    if least < first or most >= first + 2**bits:
+        raise ValueError(
+            f"The codes of {kind!r} are from {first} to {first + 2**bits - 1}; got "
+            f"some from {least} to {most}."
+        )
+
+
 def _packed(codes) -> tuple[Any, int | None]:
     """Two in a byte, along the last axis of even length, if there is one."""
-    even = [i for i, n in enumerate(codes.shape) if n % 2 == 0]
+    even = [i for i, n in enumerate(codes.shape) if n and n % 2 == 0]
     if not even:
         return codes, None
     low, high = (lax.slice_in_dim(codes, i, None, 2, even[-1]) for i in (0, 1))

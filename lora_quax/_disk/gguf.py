@@ -67,7 +67,7 @@ def load_gguf(path: str | os.PathLike, like: PyTree, *, names: Names = None) -> 
     **Raises:** `AdapterError`, which lists everything that is wrong, if a tensor is
     missing, unexpected, of another shape, or of a type that is not known here, or if
     the file is damaged; `FileNotFoundError`; `ImportError` without the package `gguf`;
-    `ValueError` if `like` is adapted or `names` matches nothing.
+    `ValueError` if `like` is adapted or quantised, or `names` matches nothing.
     """
     path, places = Path(path), places_of(like, names)
     file = _read(path)
@@ -91,7 +91,7 @@ class _File(NamedTuple):
     """What is in a file, by name."""
 
     tensors: dict[str, Any]  # of gguf's type
-    heads: dict[str, int]  # q and k of a Llama: how many heads a tensor of that end has
+    heads: dict[str, Any]  # q and k of a Llama: how many heads a tensor of that end has
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(n) for n in reversed(self.tensors[name].shape))
@@ -99,9 +99,20 @@ class _File(NamedTuple):
     def type(self, name: str) -> str:
         return self.tensors[name].tensor_type.name
 
+    def n_heads(self, name: str) -> Any:
+        """Of a tensor whose rows are those of heads; as the file says it."""
+        return self.heads.get(".".join(name.split(".")[-2:]))
+
+    def has_heads(self, name: str) -> bool:
+        """Whether the rows of each head, if it has any, are as many, and even."""
+        n = self.n_heads(name)
+        if n is None:
+            return True
+        return type(n) is int and n > 0 and self.shape(name)[0] % (2 * n) == 0
+
     def array(self, name: str, dtype: np.dtype) -> jax.Array | QuantisedArray:
         tensor, shape, kind = self.tensors[name], self.shape(name), self.type(name)
-        heads = self.heads.get(".".join(name.split(".")[-2:]))
+        heads = self.n_heads(name)
 
         def ready(x: np.ndarray) -> jax.Array:
             return jnp.asarray(x if heads is None else _unturned(x, heads))
@@ -139,8 +150,9 @@ def _read(path: Path) -> _File:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     heads = {}
     if fields.get(_ARCHITECTURE) == "llama" and _Q_HEADS in fields:
-        heads["attn_q.weight"] = fields[_Q_HEADS]
-        heads["attn_k.weight"] = fields.get(_K_HEADS, fields[_Q_HEADS])
+        k_heads = fields.get(_K_HEADS, fields[_Q_HEADS])
+        for end in ("weight", "bias"):
+            heads |= {f"attn_q.{end}": fields[_Q_HEADS], f"attn_k.{end}": k_heads}
     return _File(tensors, heads)
 
 
@@ -211,6 +223,11 @@ def _refuse_misfit(path: Path, places: list[Place], file: _File) -> None:
                 problems.append(
                     f"`{name}`{whose} is of type {kind}; {', '.join(_TYPES)} and "
                     f"{', '.join(_PLAIN)} are known here"
+                )
+            elif not file.has_heads(name):
+                problems.append(
+                    f"`{name}`{whose} of shape {file.shape(name)} has not the rows of "
+                    f"the heads that the file says, {file.n_heads(name)!r:.80}"
                 )
             elif (shape := file.shape(name)) != place.shape():
                 problems.append(

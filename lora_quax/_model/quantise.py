@@ -65,7 +65,9 @@ def quantise(
     if tile is not None:
         tile = _check_tile(tile)
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
-    for i, (leaf, choice) in enumerate(select(model, targets)):
+    chosen = select(model, targets)
+    done: dict[int, QuantisedArray] = {}
+    for i, (leaf, choice) in enumerate(chosen):
         if choice is None or choice.spec == "freeze":
             continue
         if choice.spec != Adapt():
@@ -73,14 +75,32 @@ def quantise(
                 f"The spec of {named(leaf.path)} in `targets` must be True or "
                 f"'freeze', which say whether it is quantised; got {choice.spec!r}."
             )
-        leaves[i] = _quantised(leaf, kind, tile)
+        # An array in two places, as where weights are tied, stays one.
+        if id(leaf.value) not in done:
+            done[id(leaf.value)] = _quantised(leaf, kind, tile)
+        leaves[i] = done[id(leaf.value)]
+    for i, (leaf, _) in enumerate(chosen):
+        if id(leaf.value) in done and leaves[i] is leaf.value:
+            raise ValueError(
+                f"{named(leaf.path)} is one array with another that `targets` means, "
+                "as where weights are tied: both have to be quantised, or none."
+            )
     return jax.tree.unflatten(treedef, leaves)
 
 
 def dequantise(model: PyTree) -> PyTree:
     """The model with the plain array that each `QuantisedArray` stands for."""
     is_quantised = lambda x: isinstance(x, QuantisedArray)
-    plain = lambda x: _decode(x) if is_quantised(x) else x
+    done: dict[int, Any] = {}
+
+    def plain(x):
+        if not is_quantised(x):
+            return x
+        # What is in two places, as where weights are tied, stays one.
+        if id(x.codes) not in done:
+            done[id(x.codes)] = _decode(x)
+        return done[id(x.codes)]
+
     return jax.tree.map(plain, model, is_leaf=is_quantised)
 
 

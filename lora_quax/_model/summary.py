@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from .._arrays.base import BASE, base_of, FROZEN, is_adapted, lowered_type, roles
@@ -51,8 +52,8 @@ class Summary(NamedTuple):
     Weights that are alike but for numbers in their paths are one line of the table,
     `blocks.{0..31}.attn.q_proj.weight`, which counts them all.
 
-    Of a model with quantised bases the table has the bits that a number takes, and the
-    bytes of the model in memory, as the devices count them.
+    Of a model with adapted quantised bases the table has the bits that a number takes,
+    and the bytes of the model in memory, as the devices count them.
     """
 
     rows: tuple[Row, ...]
@@ -82,7 +83,7 @@ class Summary(NamedTuple):
         table.add_column("frozen", justify="right", footer=f"{self.frozen:,}")
         has_bits = any(row.bits is not None for row in self.rows)
         if has_bits:
-            held = "" if self.bytes is None else f"{self.bytes / 1e6:,.1f} MB"
+            held = "" if self.bytes is None else decimal(self.bytes)
             table.add_column("bits", justify="right", footer=held)
         for row in _lines(self.rows) if self.grouped else self.rows:
             table.add_row(

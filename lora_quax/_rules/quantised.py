@@ -151,6 +151,8 @@ def _gather(
         packed = order.index(w.packed + n) - len(order)
     # Along these axes there is one number for all of the array.
     alone = [i for i in cut if w.scale.shape[i] == 1 != w.shape[i]]
+    if fills(params) and alone:
+        raise NotLazy("an index that is out of bounds there would find a scale")
     labels = [i for i in range(n) if i not in alone]
     sizes = {i: slice_sizes[i] if i in cut else w.scale.shape[i] for i in labels}
 

@@ -63,6 +63,8 @@ def _cut(
 ) -> tuple[int, int, int]:
     """A cut out of `n` elements as one out of their `m` tiles."""
     if start >= stop:
+        if not alike:
+            raise NotLazy(_CUT)
         return 0, min(1, m), 1
     size = n // m
     if alike and start // size == (stop - 1) // size:  # All of it is in one tile.
