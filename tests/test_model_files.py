@@ -329,6 +329,7 @@ def _traced(path, net):
     jax.jit(lambda x: save_model(path, {"x": x}))(net.table)
 
 
+MISNAMED: Any = {"table": "t", "half": 1}
 UNSAVABLE = {
     "adapted": (
         lambda path, net: save_model(path, loraify(net, rank=1, key=jr.key(0))),
