@@ -11,12 +11,15 @@ from ._arrays.full import FullArray as FullArray
 from ._arrays.lora import LoraArray as LoraArray
 from ._arrays.low_rank import LowRankArray as LowRankArray
 from ._arrays.misuse import UnquaxifiedError as UnquaxifiedError
+from ._arrays.quantised import QuantisedArray as QuantisedArray
 from ._arrays.scaled import ScaledArray as ScaledArray
 from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_adapter
 from ._disk.files import AdapterError as AdapterError
+from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
+from ._model.quantise import dequantise as dequantise, quantise as quantise
 from ._model.summary import summary as summary
 from ._model.targets import Adapt as Adapt
 from ._model.training import (
@@ -39,18 +42,22 @@ __all__ = [
     "LoraArray",
     "LowRankArray",
     "MaterialiseError",
+    "QuantisedArray",
     "ScaledArray",
     "UnquaxifiedError",
+    "dequantise",
     "filter_grad",
     "filter_value_and_grad",
     "init",
     "labels",
     "load_adapter",
+    "load_gguf",
     "load_model",
     "loraify",
     "merge",
     "partition",
     "peft",
+    "quantise",
     "role",
     "save_adapter",
     "save_model",

@@ -23,6 +23,7 @@ from lora_quax import (
     loraify,
     LowRankArray,
     MaterialiseError,
+    QuantisedArray,
     ScaledArray,
 )
 from lora_quax._arrays.base import fields_of, is_adapted, replace
@@ -111,6 +112,22 @@ def on_scaled(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArra
     return _lora(Scaled(array, jnp.asarray(0.7, dtype)), rank, seed, **kwargs)
 
 
+def quantised(
+    shape, *, seed=0, dtype=jnp.float64, kind="int4", tile=2, **kwargs
+) -> QuantisedArray:
+    """In tiles of two columns, or of all of them if they are odd."""
+    del kwargs
+    codes = np.random.default_rng(seed).integers(-8, 8, shape)
+    size = tile if shape[-1] % tile == 0 else shape[-1]
+    tiles = (*shape[:-1], shape[-1] // size)
+    scale, offset = drawn(tiles, (seed, 3), dtype, 0.2), drawn(tiles, (seed, 4), dtype)
+    return QuantisedArray(jnp.asarray(codes), scale, offset, kind=kind, dtype=dtype)
+
+
+def on_quantised(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraArray:
+    return _lora(quantised(shape, seed=seed, dtype=dtype), rank, seed, **kwargs)
+
+
 def adapted(model, rank=2, **kwargs):
     """A model with nonzero factors, and a scaling other than 1."""
     return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
@@ -139,6 +156,7 @@ KINDS = {
     "low_rank": low_rank,
     "nested": nested,
     "on_scaled": on_scaled,
+    "on_quantised": on_quantised,
     **{name: _of(form) for name, form in FORMS.items()},
 }
 

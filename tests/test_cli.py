@@ -636,10 +636,9 @@ def test_how_a_square_weight_lies_the_fingerprint_says(turned, dtype, tmp_path, 
     run("merge", tmp_path / "base", tmp_path / "a", tmp_path / "out")
     assert capsys.readouterr().err == ""
     atol = 1e-6 if dtype is np.float32 else 2e-2
-    x, y = tensors_of(tmp_path / "out"), write(merged)
-    for name in y:
-        x, y = (np.asarray(z[name], np.float32) for z in (x, y))
-        np.testing.assert_allclose(x, y, rtol=atol, atol=atol)
+    found = tensors_of(tmp_path / "out")["c_proj.weight"].astype(np.float32)
+    wanted = write(merged)["c_proj.weight"].astype(np.float32)
+    np.testing.assert_allclose(found, wanted, rtol=atol, atol=atol)
 
 
 def test_another_base_is_said_to_be_one(tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -328,6 +329,7 @@ def _traced(path, net):
     jax.jit(lambda x: save_model(path, {"x": x}))(net.table)
 
 
+MISNAMED: Any = {"table": "t", "half": 1}
 UNSAVABLE = {
     "adapted": (
         lambda path, net: save_model(path, loraify(net, rank=1, key=jr.key(0))),
@@ -379,7 +381,9 @@ UNSAVABLE = {
         "`x` has numbers that are too large for float8_e4m3fn",
     ),
     "a name that is none": (
-        lambda path, net: save_model(path, net, names={"table": "t", "half": 1}),
+        lambda path, net: save_model(
+            path, net, names=dict[str, Any](table="t", half=1)
+        ),
         TypeError,
         "which are strings; got 1 for 'half'",
     ),

@@ -3,6 +3,8 @@
 # It may not be installed.
 # pyright: reportMissingImports=false
 
+from typing import Any
+
 import jax.numpy as jnp
 import qwix
 from flax import nnx
@@ -12,11 +14,15 @@ from .._work import Program
 from .nnx import LINEAR, split, Transformer, transformer
 
 
-def program(model: PyTree, ours: PyTree) -> Program:
-    """The Equinox `model` with the factors of `ours`, in parameters that Qwix adds."""
+def program(model: PyTree, ours: PyTree, **quantised: Any) -> Program:
+    """The Equinox `model` with the factors of `ours`, in parameters that Qwix adds.
+    `quantised` says of what type its weights are kept."""
     rank = ours.blocks[0].q.weight.rank
     rule = qwix.LoraRule(
-        module_path=rf"blocks/\d+/({'|'.join(LINEAR)})", rank=rank, alpha=rank
+        module_path=rf"blocks/\d+/({'|'.join(LINEAR)})",
+        rank=rank,
+        alpha=rank,
+        **quantised,
     )
     # Qwix finds the products by calling the model once; with what, does not matter.
     example = jnp.zeros((1, 1, model.norm.shape[0]))

@@ -60,11 +60,11 @@ def save_model(
     - `max_shard_size`: how many bytes a file of several may have. A tensor that has
         more gets a file of its own.
 
-    **Raises:** `ValueError` if the model is adapted, holds no array, two different
-    arrays have the same name, or `names` matches nothing; `TypeError` if it is abstract
-    or traced, or of a type that the format does not have, such as that of random keys;
-    `OverflowError` if a number is too large for `dtype`; `OSError` if it cannot be
-    written. What was there is still there then.
+    **Raises:** `ValueError` if the model is adapted or quantised, holds no array, two
+    different arrays have the same name, or `names` matches nothing; `TypeError` if it
+    is abstract or traced, or of a type that the format does not have, such as that of
+    random keys; `OverflowError` if a number is too large for `dtype`; `OSError` if it
+    cannot be written. What was there is still there then.
     """
     path = Path(path)
     if not max_shard_size > 0:
@@ -141,7 +141,8 @@ def load_model(
 
     **Raises:** `AdapterError`, which lists everything that is wrong, if a tensor is
     missing, unexpected, or of another shape or type, or if a file is damaged;
-    `FileNotFoundError`; `ValueError` if `like` is adapted or `names` matches nothing;
+    `FileNotFoundError`; `ValueError` if `like` is adapted or quantised, or `names`
+    matches nothing;
     `OverflowError` if a number is too large for `dtype`.
     """
     path, wanted = Path(path), _float_type(dtype)

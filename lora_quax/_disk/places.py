@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._arrays.base import is_adapted
+from .._arrays.quantised import QuantisedArray
 from .._model.names import Namer, Names, stack_axes, unstack
 from .._model.paths import dotted, leaves_of, named
 
@@ -33,13 +34,18 @@ def is_array(x) -> bool:
 
 
 def places_of(model: PyTree, names: Names) -> list[Place]:
-    """**Raises:** `ValueError` if the model is adapted, or `names` does not fit it;
-    `TypeError` if it holds random keys."""
+    """**Raises:** `ValueError` if the model is adapted or quantised, or `names` does
+    not fit; `TypeError` if it holds random keys."""
     for leaf in leaves_of(model):
         if is_adapted(leaf.value):
             raise ValueError(
                 f"{named(leaf.path)} is adapted. `lora_quax.merge` makes a plain model "
                 "of it; `save_adapter` and `load_adapter` are for what adapts one."
+            )
+        if isinstance(leaf.value, QuantisedArray):
+            raise ValueError(
+                f"{named(leaf.path)} is quantised, and here are plain arrays alone. "
+                "`lora_quax.dequantise` makes a plain model of it."
             )
     namer, out = Namer(names), []
     for keys, x in jtu.tree_flatten_with_path(model)[0]:

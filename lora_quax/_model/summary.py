@@ -4,18 +4,23 @@ import io
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.tree_util as jtu
+import numpy as np
 import quax
+from jax.core import Tracer
 from jaxtyping import PyTree
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from .._arrays.base import BASE, base_of, FROZEN, is_adapted, lowered_type, roles
 from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
-from .merge import refuse_missing
-from .paths import dotted, is_float, size_of
+from .._arrays.quantised import QuantisedArray
+from .merge import origin, refuse_missing
+from .paths import dotted, is_array, is_float, size_of
 from .repeats import group
 
 
@@ -29,6 +34,7 @@ class Row(NamedTuple):
     trainable: int
     frozen: int
     max_rank: int | None  # what the weight can use
+    bits: float | None = None  # of a number of a quantised base, scales and all
 
     @property
     def rank_in_excess(self) -> bool:
@@ -45,12 +51,16 @@ class Summary(NamedTuple):
     has the adapted weights; `trainable` and `frozen` count those of the whole model.
     Weights that are alike but for numbers in their paths are one line of the table,
     `blocks.{0..31}.attn.q_proj.weight`, which counts them all.
+
+    Of a model with adapted quantised bases the table has the bits that a number takes,
+    and the bytes of the model in memory, as the devices count them.
     """
 
     rows: tuple[Row, ...]
     trainable: int
     frozen: int
     grouped: bool = True  # whether that is so
+    bytes: int | None = None  # in memory, of the whole model, if it is all there
 
     @property
     def share(self) -> float:
@@ -71,6 +81,10 @@ class Summary(NamedTuple):
         trains = f"{self.trainable:,} ({self.share:.3%})"
         table.add_column("trainable", justify="right", footer=trains)
         table.add_column("frozen", justify="right", footer=f"{self.frozen:,}")
+        has_bits = any(row.bits is not None for row in self.rows)
+        if has_bits:
+            held = "" if self.bytes is None else decimal(self.bytes)
+            table.add_column("bits", justify="right", footer=held)
         for row in _lines(self.rows) if self.grouped else self.rows:
             table.add_row(
                 row.path or "(the model)",
@@ -79,6 +93,8 @@ class Summary(NamedTuple):
                 "" if row.scaling is None else f"{row.scaling:.4g}",
                 f"{row.trainable:,}",
                 f"{row.frozen:,}",
+                *([""] if has_bits and row.bits is None else []),
+                *([] if row.bits is None else [f"{row.bits:.3g}"]),
             )
         table.add_row("everything else", "", "", "", "0", f"{rest:,}")
         return table
@@ -157,8 +173,9 @@ def summary(model: PyTree, *, grouped: bool = True) -> Summary:
             facts = (None, None, None)  # Of an array that has no update of some rank.
             if update is not None:
                 facts = update.rank, update.scaling, _max_rank(update)
-            rows.append(Row(path, shape, *facts[:2], x_trains, x_frozen, facts[2]))
-    return Summary(tuple(rows), trains, frozen, grouped)
+            counts = x_trains, x_frozen, facts[2]
+            rows.append(Row(path, shape, *facts[:2], *counts, _bits(x)))
+    return Summary(tuple(rows), trains, frozen, grouped, _held(model))
 
 
 def _update(lowered) -> LowRankArray | None:
@@ -187,6 +204,28 @@ def _count(x) -> tuple[int, int]:
     frozen = sum(n for n, name in zip(sizes, names) if name == FROZEN)
     used = _used(x) if BASE in names else None
     return trains, frozen + (0 if used is None else size_of(used))
+
+
+def _bits(x) -> float | None:
+    base = origin(x)
+    if not isinstance(base, QuantisedArray):
+        return None
+    held = _held(base)
+    return None if held is None else 8 * held / max(1, size_of(base))
+
+
+def _held(tree) -> int | None:
+    """The bytes of the arrays of a tree, each counted once; `None` if some are not
+    there."""
+    arrays = {id(x): x for x in jtu.tree_leaves(tree) if is_array(x)}
+    if any(not isinstance(x, jax.Array | np.ndarray) for x in arrays.values()):
+        return None
+    if any(isinstance(x, Tracer) for x in arrays.values()):
+        return None
+    return sum(
+        x.on_device_size_in_bytes() if isinstance(x, jax.Array) else x.nbytes
+        for x in arrays.values()
+    )
 
 
 def _used(x) -> Any:

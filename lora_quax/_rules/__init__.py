@@ -12,6 +12,7 @@ from . import (
     lookup as lookup,
     loops as loops,
     placement as placement,
+    quantised as quantised,
     quax_trace as quax_trace,
     scalar as scalar,
     scaled as scaled,

@@ -15,6 +15,7 @@ from .._arrays.base import replace
 from .._arrays.check import aval_of, wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray
+from .._arrays.quantised import QuantisedArray
 from .._arrays.scaled import ScaledArray
 from .._compat import core
 from .scaled import settle
@@ -75,9 +76,24 @@ def _leaf_axes(x, entries: tuple) -> list[tuple]:
 
 def split_for_scan(x, length: int) -> tuple[Any, Any]:
     """The leaves of `x` that a scan slices, and those that every step shares."""
+    x = _in_slices(x)
     treedef = jtu.tree_structure(x)
     sliced, shared = zip(*_scan_leaves(x, length))
     return jtu.tree_unflatten(treedef, sliced), jtu.tree_unflatten(treedef, shared)
+
+
+def _in_slices(x):
+    """An array of which each slice along the first axis has leaves of its own, or
+    shares them with all the others."""
+    if isinstance(x, LoraArray | ScaledArray):
+        return replace(x, base=_in_slices(x.base))
+    if not isinstance(x, QuantisedArray):
+        return x
+    x = x.unpacked() if x.packed == -x.ndim else x
+    n, m = x.shape[0], x.scale.shape[0]
+    if m in (1, n):
+        return x
+    return x.moved((x.codes, x.packed), lambda s: jnp.repeat(s, n // m, 0))
 
 
 def _scan_leaves(x, length: int) -> list[tuple]:

@@ -112,7 +112,7 @@ def look_up(
     *,
     unique_indices: bool,
     indices_are_sorted: bool,
-    fill: int = 0,
+    fill: int | float = 0,
     **params,
 ):
     """The lookup of an array in a factor of it, which holds the axes `labels`.

