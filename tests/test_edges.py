@@ -45,7 +45,14 @@ BOUNDS = {
     "a row, clipped": lambda w, i: jnp.take(w, i, axis=0, mode="clip"),
     "a column": lambda w, i: w[:, i],
     "rows by a list": lambda w, i: jnp.take(w, jnp.stack([i, i]), 0, mode="clip"),
+    "rows, filled": lambda w, i: _filled(w, jnp.stack([i, 1 - i]), 0),
+    "columns, filled": lambda w, i: _filled(w, jnp.stack([i, 1 - i]), 1),
 }
+
+
+def _filled(w, indices, axis):
+    """With a number, that is not scaled."""
+    return jnp.take(w, indices, axis, mode="fill", fill_value=2.0)
 
 
 @pytest.mark.parametrize("i", [-9, -6, -5, -1, 4, 9])
@@ -56,6 +63,16 @@ def test_indices_out_of_bounds(kind, i):
 
     args = [KINDS[kind]((5, 4)), jnp.int32(i), x()]
     check(quax.quaxify(fn), fn, args)
+
+
+@pytest.mark.parametrize("kind", ["lora", "low_rank", "nested", "ia3", "scaled rows"])
+def test_a_lookup_along_one_axis_of_a_part_of_another(kind):
+    """Of a square, so that the slices of a factor are as large as it is: by no index
+    of its own XLA would have its gradient wrong."""
+    numbers = lax.GatherDimensionNumbers((0,), (1,), (0,))
+    ids = jnp.array([[1], [2]])
+    fn = lambda w, s: lax.gather(w, ids, numbers, (1, 1), mode="clip") * s
+    check(quax.quaxify(fn), fn, [KINDS[kind]((2, 2)), x()])
 
 
 @pytest.mark.parametrize("i", [-9, -5, 9])

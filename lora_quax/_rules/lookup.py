@@ -138,6 +138,13 @@ def look_up(
     )
     dropped = {*collapsed, *(i for i, _ in batching)}
     out_labels = [label for label in labels if position[label] not in dropped]
+    if not columns and not batching:
+        # The same slice for each index. As a lookup by no numbers XLA would get its
+        # gradient wrong, where the slices are as large as the operand.
+        part = lax.slice(factor, [0] * factor.ndim, [sizes[i] for i in labels])
+        part = part.squeeze(collapsed)
+        shape = *indices.shape[:-1], *part.shape
+        return jnp.broadcast_to(part, shape), [*ids, *out_labels]
     out = lax.gather(
         factor,
         indices if all_there else indices[..., jnp.array(columns, int)],

@@ -29,7 +29,7 @@ from .._arrays.scaled import ScaledArray, times
 from .._arrays.thin_dot import arrange, contract
 from .._compat import ragged_dot_general_p
 from .layout import blocks
-from .lookup import look_up, result_labels
+from .lookup import fills, look_up, result_labels
 from .register import NotLazy, register
 from .scalar import refuse_params, scaled_low_rank
 from .tiles import TILES
@@ -137,6 +137,8 @@ def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
     """A lookup is an activation, and multiplied out; unless it is itself a weight
     still. What is filled in is not scaled."""
     numbers, labels = dimension_numbers, varying(w)
+    if fills(params):  # So that an index that is out of bounds finds no scale.
+        labels = sorted({*labels, *map(int, numbers.start_index_map)})
     out = quax.quaxify(lax.gather_p.bind)(
         w.frozen_base(),
         indices,
@@ -144,7 +146,9 @@ def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
         slice_sizes=slice_sizes,
         **params,
     )
-    s = _compact(w)
+    s = jnp.broadcast_to(
+        w.scale, [n if i in labels else 1 for i, n in enumerate(w.shape)]
+    ).squeeze([i for i in range(w.ndim) if i not in labels])
     if labels:
         del params["fill_value"]
         sizes = dict(enumerate(slice_sizes))
