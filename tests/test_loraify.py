@@ -263,7 +263,7 @@ def test_abstract_models():
     assert eqx.tree_equal(inside, shapes)
     assert eqx.tree_equal(merge(shapes), eqx.filter_eval_shape(lambda: merge(lora)))
     assert eqx.tree_equal(unload(shapes), abstract)
-    assert summary(shapes) == summary(lora)
+    assert summary(shapes) == summary(lora)._replace(bytes=None)
 
 
 def test_under_jit():
