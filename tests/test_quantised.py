@@ -238,6 +238,12 @@ def test_tied_weights_stay_one():
     assert plain["embed"] is plain["head"]
     with pytest.raises(ValueError, match="`head` is one array with another"):
         quantise(tied, "int8", targets="embed", tile=4)
+    # Two arrays of one type are two, and so are two of the same codes.
+    kind = jax.ShapeDtypeStruct((6, 8), jnp.float32)
+    quantise({"embed": kind, "head": kind}, "int8", targets="embed", tile=4)
+    twice = eqx.tree_at(lambda x: x.scale, out["embed"], 2 * out["embed"].scale)
+    plain = dequantise({"one": out["embed"], "other": twice})
+    np.testing.assert_array_equal(plain["other"], 2 * plain["one"])
 
 
 # Memory: of each weight, decoded, there is no more than one at a time.

@@ -80,6 +80,8 @@ def quantise(
             done[id(leaf.value)] = _quantised(leaf, kind, tile)
         leaves[i] = done[id(leaf.value)]
     for i, (leaf, _) in enumerate(chosen):
+        if isinstance(leaf.value, jax.ShapeDtypeStruct):
+            continue  # One type for two arrays does not make them one.
         if id(leaf.value) in done and leaves[i] is leaf.value:
             raise ValueError(
                 f"{named(leaf.path)} is one array with another that `targets` means, "
@@ -91,15 +93,16 @@ def quantise(
 def dequantise(model: PyTree) -> PyTree:
     """The model with the plain array that each `QuantisedArray` stands for."""
     is_quantised = lambda x: isinstance(x, QuantisedArray)
-    done: dict[int, Any] = {}
+    done: dict[tuple, Any] = {}
 
     def plain(x):
         if not is_quantised(x):
             return x
         # What is in two places, as where weights are tied, stays one.
-        if id(x.codes) not in done:
-            done[id(x.codes)] = _decode(x)
-        return done[id(x.codes)]
+        key = (*map(id, jax.tree.leaves(x)), x.kind, x.casts, x.packed)
+        if key not in done:
+            done[key] = _decode(x)
+        return done[key]
 
     return jax.tree.map(plain, model, is_leaf=is_quantised)
 

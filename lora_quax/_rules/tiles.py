@@ -1,9 +1,11 @@
 """Layout of numbers of which there is one for each tile of an array.
 
 Such are the scales of a quantised array, and those of a scaled one, whose tiles are of
-length 1 along an axis where they vary, and all of it where they do not. They have the
-axes of the array, each a divisor of it. What moves the elements of the array, moves
-them; an operation that would cut through a tile is not for them.
+length 1 along an axis where they vary, and all of it where they do not; and the bytes
+that hold two codes each. They have the axes of the array, each a divisor of it. What
+moves the elements of the array, moves them; an operation that would cut through a tile
+is not for them. A scale is the same for all that is in its tile (`alike`), and serves a
+part of it as well; a byte does not.
 """
 
 import itertools
