@@ -15,5 +15,6 @@ def test_random_programs(part):
     report = search(40, _SEED + part)
     said = "\n".join(f"{f.error}\n\n{f.program}" for f in report.failures)
     assert not report.failures, f"with FUZZ_SEED={_SEED}:\n{said}"
-    # Most are accepted; else little would be tested.
-    assert report.outcomes["right"] > 0.5 * report.outcomes.total()
+    # Two in three are accepted on average. Were it few, little would be tested; but the
+    # draws of one part resemble each other, so its share may be far off.
+    assert report.outcomes["right"] > 0.25 * report.outcomes.total()
