@@ -96,8 +96,9 @@ class Table:
                 group.setdefault((_masked(name, dots), match[1] == "^"), i)
             else:
                 self.others.append((i, compiled(rf"(.*\.)?({pattern})$")))
-        if len(self.others) + sum(map(len, self.names.values())) > _MOST:
-            raise ValueError(f"there are more than {_MOST} of kinds of their own")
+            # Asked at once, for to compile a pattern takes its time.
+            if len(self.others) + sum(map(len, self.names.values())) > _MOST:
+                raise ValueError(f"there are more than {_MOST} of kinds of their own")
 
     def find(self, name: str, default: Any) -> Any:
         found = [i for end in ends(name) for i in self._named(end, end == name)]
