@@ -7,6 +7,7 @@ from ._arrays.base import (
     MaterialiseError as MaterialiseError,
     role as role,
 )
+from ._arrays.dropout import DropoutArray as DropoutArray
 from ._arrays.full import FullArray as FullArray
 from ._arrays.lora import LoraArray as LoraArray
 from ._arrays.low_rank import LowRankArray as LowRankArray
@@ -17,6 +18,7 @@ from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_ad
 from ._disk.files import AdapterError as AdapterError
 from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
+from ._model.dropout import with_dropout_key as with_dropout_key
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
 from ._model.quantise import dequantise as dequantise, quantise as quantise
@@ -38,6 +40,7 @@ __all__ = [
     "Adapt",
     "AdaptedArray",
     "AdapterError",
+    "DropoutArray",
     "FullArray",
     "LoraArray",
     "LowRankArray",
@@ -64,4 +67,5 @@ __all__ = [
     "summary",
     "trainable",
     "unload",
+    "with_dropout_key",
 ]

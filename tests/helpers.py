@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array
 
 from lora_quax import (
+    DropoutArray,
     LoraArray,
     loraify,
     LowRankArray,
@@ -26,7 +27,7 @@ from lora_quax import (
     QuantisedArray,
     ScaledArray,
 )
-from lora_quax._arrays.base import fields_of, is_adapted, replace
+from lora_quax._arrays.base import fields_of, is_adapted, make, replace
 
 
 # See `conftest`.
@@ -128,6 +129,14 @@ def on_quantised(shape, *, rank=2, seed=0, dtype=jnp.float64, **kwargs) -> LoraA
     return _lora(quantised(shape, seed=seed, dtype=dtype), rank, seed, **kwargs)
 
 
+def with_key(shape, **kwargs) -> DropoutArray:
+    """With a rate of zero: all but the masks is as with any other."""
+    w = lora(shape, **kwargs)
+    key = jr.split(jr.key(0), w.a.shape[: w.n_batch])
+    key = key.reshape(*key.shape, *(1,) * (w.ndim - key.ndim))
+    return make(DropoutArray, rate=0.0, w=w, key=key)
+
+
 def adapted(model, rank=2, **kwargs):
     """A model with nonzero factors, and a scaling other than 1."""
     return loraify(model, rank, jr.key(5), alpha=3.0, init_b=normal, **kwargs)
@@ -157,6 +166,7 @@ KINDS = {
     "nested": nested,
     "on_scaled": on_scaled,
     "on_quantised": on_quantised,
+    "with_key": with_key,
     **{name: _of(form) for name, form in FORMS.items()},
 }
 
@@ -189,6 +199,8 @@ def dense(w):
         wide = jnp.promote_types(base.dtype, delta.dtype)
         total = base.astype(wide) + delta.astype(wide)
         return total.astype(base.dtype)
+    if isinstance(w, DropoutArray):
+        return dense(w.w)
     if isinstance(w, LowRankArray):
         n = w.a.ndim - 1 - w.cols
         batch, rows, cols = w.a.shape[:n], w.b.shape[n:-1], w.a.shape[n + 1 :]

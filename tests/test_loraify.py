@@ -455,7 +455,7 @@ HABITS = [
     (dict(r=8), "`r` is `rank` here"),
     (dict(lora_alpha=16), "`lora_alpha` is `alpha` here"),
     (dict(target_modules=["layers"]), "`target_modules` is `targets` here"),
-    (dict(lora_dropout=0.1), "`lora_dropout` is not here"),
+    (dict(lora_dropout=0.1), "`lora_dropout` is `dropout` here"),
     (dict(modules_to_save=["head"]), r'"lm_head": "full"'),
     (dict(bias="all"), r'"bias": "full"'),
     (dict(use_rslora=True), r"alpha=lora_alpha \* rank\*\*0\.5"),

@@ -162,6 +162,8 @@ class AdaptedArray(Unquaxified, quax.ArrayValue):
 
     # The name under which it is described in a file.
     form: ClassVar[str]
+    # Whether there are rules for it, beside those for what it lowers to.
+    has_rules: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -245,7 +247,8 @@ def lower(x: Any) -> Any:
 
 def lower_all(x: Any) -> Any:
     """`lower(x)`, and so the arrays inside it: its leaves are those of known types."""
-    x = lower(x)
+    if not is_adapted(x) or not x.has_rules:
+        x = lower(x)
     if not is_adapted(x):
         return x
     names = [field.name for field in fields_of(type(x), static=False)]

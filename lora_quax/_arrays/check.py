@@ -61,6 +61,17 @@ def check_number(name: str, x) -> float:
     return out
 
 
+def check_dropout(rate) -> float:
+    """The part of what an update is given that is dropped in training."""
+    rate = check_number("dropout", rate)
+    if not 0 <= rate < 1:
+        raise ValueError(
+            f"`dropout` must be at least 0 and less than 1, got {rate}: it is the part "
+            "of the numbers that an update is given which is dropped."
+        )
+    return rate
+
+
 def read_alpha(alpha, rank: int) -> float:
     """That of an update that is known, which may be switched off by a zero."""
     return float(rank) if alpha is None else check_number("alpha", alpha)

@@ -23,6 +23,7 @@ from .base import (
 )
 from .check import (
     aval_of,
+    check_dropout,
     check_flag,
     check_number,
     check_weight,
@@ -53,6 +54,7 @@ class LoraArray(AroundBase):
 
     stop_gradient: bool = eqx.field(static=True)
     stopped: bool = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
     base: Any = role(BASE)  # an array or a `quax.ArrayValue`
     delta: Any = role()  # an `AbstractDelta`, most often a `LowRankArray`
 
@@ -69,6 +71,7 @@ class LoraArray(AroundBase):
         dtype: Any = None,
         rows: int = 1,
         cols: int = 1,
+        dropout: Any = 0.0,
         stop_gradient: bool = True,
         allow_materialise: bool = False,
     ):
@@ -89,6 +92,8 @@ class LoraArray(AroundBase):
         - `dtype`: of the factors. By default the weight's, but at least float32, as in
             PEFT: small steps are lost in a bfloat16 factor.
         - `rows`, `cols`: how many axes of `weight` are rows, and how many are columns.
+        - `dropout`: the part of what the update is given that is dropped in a step that
+            has a key: see `with_dropout_key`.
         - `stop_gradient`: whether the base is frozen: no gradient reaches it.
         - `allow_materialise`: whether an operation that has no rule may form the dense
             weight (true), or raises `MaterialiseError` (false, the default).
@@ -117,6 +122,7 @@ class LoraArray(AroundBase):
         )
         self.stop_gradient = check_flag("stop_gradient", stop_gradient)
         self.stopped = False
+        self.dropout = check_dropout(dropout)
 
     def __check_init__(self):
         if not isinstance(self.delta, AbstractDelta):
@@ -138,7 +144,12 @@ class LoraArray(AroundBase):
 
     @classmethod
     def from_parts(
-        cls, base: Any, delta: AbstractDelta, *, stop_gradient: bool = True
+        cls,
+        base: Any,
+        delta: AbstractDelta,
+        *,
+        dropout: Any = 0.0,
+        stop_gradient: bool = True,
     ) -> "LoraArray":
         """The sum of a weight and an update that are known.
 
@@ -147,6 +158,8 @@ class LoraArray(AroundBase):
         - `base`: an array or a `quax.ArrayValue`; it may be a `jax.ShapeDtypeStruct`.
         - `delta`: an update of its shape: a `LowRankArray`, or another form. Whether
             the dense weight may be formed is its `allow_materialise`.
+        - `dropout`: the part of what the update is given that is dropped in a step that
+            has a key: see `with_dropout_key`.
         - `stop_gradient`: whether the base is frozen: no gradient reaches it.
 
         **Raises:** `ValueError` if the two differ in shape; `TypeError` if `base` is no
@@ -154,8 +167,12 @@ class LoraArray(AroundBase):
         """
         if not isinstance(base, jax.ShapeDtypeStruct):
             base = check_weight(base)
-        frozen = check_flag("stop_gradient", stop_gradient)
-        out = make(cls, base=base, delta=delta, stop_gradient=frozen, stopped=False)
+        out = unsummed(
+            base,
+            delta,
+            dropout=check_dropout(dropout),
+            stop_gradient=check_flag("stop_gradient", stop_gradient),
+        )
         return checked(out)
 
     @property
@@ -194,12 +211,36 @@ class LoraArray(AroundBase):
         """`alpha / rank`."""
         return self._update.scaling
 
+    @property
+    def n_batch(self) -> int:
+        """How many leading axes are batch axes, each index with factors of its own."""
+        return self._update.n_batch
+
     def dense(self) -> Array:
         return add(dense(self.frozen_base()), self.delta.lower().product())
 
     def __pdoc__(self, **kwargs):
         leaves = jax.tree.leaves(self.delta, is_leaf=lambda x: x is None)
         return show(self, self.base, *leaves, **kwargs)
+
+
+def unsummed(
+    base: Any,
+    delta: Any,
+    *,
+    stop_gradient: bool = True,
+    stopped: bool = False,
+    dropout: float = 0.0,
+) -> LoraArray:
+    """A `LoraArray` of parts that are known to fit: see `make`."""
+    return make(
+        LoraArray,
+        base=base,
+        delta=delta,
+        stop_gradient=stop_gradient,
+        stopped=stopped,
+        dropout=dropout,
+    )
 
 
 def add(base, delta):

@@ -28,6 +28,9 @@ from .._model.paths import Leaf
 
 _LEVELS = 16  # Of arrays inside arrays; a file may claim any number.
 
+# Fields that came later, and what they are in a file that does not say.
+_LATER = {"dropout": 0.0}
+
 # What a description that makes no sense may raise. A form from elsewhere checks itself.
 NONSENSE = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 
@@ -53,6 +56,8 @@ def describe(x) -> dict[str, Any]:
         out[field.name] = describe(getattr(x, field.name))
     for field in fields_of(type(x), static=True):
         value = getattr(x, field.name)
+        if _LATER.get(field.name) == value:
+            continue
         if not isinstance(value, bool | int | float | str | None):
             raise TypeError(
                 f"The field `{field.name}` of {type(x).__name__} is {value!r}. Only "
@@ -97,7 +102,10 @@ def _build(about: Any, base, levels: int) -> AdaptedArray:
             types = _TYPES + _INTEGERS if role == FROZEN else _TYPES
             values[field.name] = _abstract(inner, types)
     for field in fields_of(cls, static=True):
-        values[field.name] = _static(field, about[field.name])
+        value = about.get(field.name, _LATER.get(field.name))
+        if value is None:
+            raise KeyError(field.name)
+        values[field.name] = _static(field, value)
     unknown = about.keys() - values.keys() - {"form", "layer"}
     if unknown:
         first = min(unknown)

@@ -46,7 +46,8 @@ _HERE = {
         "is `rows` and `cols` of an `Adapt` here; for the layers of Equinox they are "
         "known"
     ),
-    "lora_dropout": "is not here: what the update is given is not dropped out",
+    "lora_dropout": "is `dropout` here, and drops in a step that is given a key: see "
+    "`lora_quax.with_dropout_key`",
     "use_dora": "is not here ready-made; a `ScaledArray` around a `LoraArray` is one",
     "lora_bias": "is not here: the bias of a layer trains by `targets`, as `bias` does",
     "trainable_token_indices": "is not here: rows of an embedding do not train alone",

@@ -1,8 +1,6 @@
 """From a model to a model whose weights have low-rank updates."""
 
-import collections
 import functools as ft
-import hashlib
 import warnings
 from typing import Any, NamedTuple
 
@@ -19,6 +17,7 @@ from .._arrays.base import make
 from .._arrays.check import (
     aval_of,
     check_alpha,
+    check_dropout,
     check_factor_dtype,
     check_flag,
     check_key,
@@ -27,11 +26,11 @@ from .._arrays.check import (
     default_dtype,
 )
 from .._arrays.full import FullArray
-from .._arrays.lora import LoraArray
+from .._arrays.lora import unsummed
 from .._arrays.low_rank import LowRankArray
 from ..init import Initialiser
 from .habits import answers_peft
-from .paths import is_value, Leaf, named
+from .paths import is_value, Leaf, named, words
 from .select import select
 from .targets import Adapt, Targets
 
@@ -63,6 +62,7 @@ def loraify(
     init_b: Initialiser = init.zeros,
     scale: Any = None,
     dtype: Any = None,
+    dropout: Any = 0.0,
     stop_gradient: bool = True,
     allow_materialise: bool = False,
 ) -> PyTree:
@@ -114,6 +114,8 @@ def loraify(
         spec)`, or a mapping from target to spec. Where several mean a weight, the last
         decides. By default every `eqx.nn.Linear`, `eqx.nn.Conv` and
         `eqx.nn.ConvTranspose`.
+    - `dropout`: the part of what an update is given that is dropped in training, in a
+        step that has a key: see `with_dropout_key`.
     - `init_a`, `init_b`, `scale`, `dtype`, `stop_gradient`, `allow_materialise`: as for
         `LoraArray`. By default the factor `a` of an `eqx.nn.Embedding` is drawn from a
         standard normal distribution, as PEFT does.
@@ -131,7 +133,9 @@ def loraify(
     allow_materialise = check_flag("allow_materialise", allow_materialise)
     if not isinstance(key, jax.ShapeDtypeStruct):
         check_key(key)
-    defaults = Adapt(rank, alpha, init_a, init_b, scale, dtype)
+    defaults = Adapt(
+        rank, alpha, init_a, init_b, scale, dtype, dropout=check_dropout(dropout)
+    )
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     chosen = select(model, targets)
     plans = {
@@ -141,7 +145,7 @@ def loraify(
     }
     if isinstance(key, jax.ShapeDtypeStruct):
         _refuse_concrete(chosen, plans)
-    deltas = _draw_all(plans, _words([leaf.path for leaf, _ in chosen]), key)
+    deltas = _draw_all(plans, words([leaf.path for leaf, _ in chosen]), key)
     for i, (leaf, choice) in enumerate(chosen):
         if choice is None or choice.spec == "freeze":
             continue
@@ -154,13 +158,12 @@ def loraify(
                 else FullArray(leaf.value)
             )
             continue
-        concrete = isinstance(leaf.value, np.ndarray)
-        leaves[i] = make(
-            LoraArray,
-            base=jnp.asarray(leaf.value) if concrete else leaf.value,
-            delta=deltas[i],
+        concrete, own = isinstance(leaf.value, np.ndarray), choice.spec.dropout
+        leaves[i] = unsummed(
+            jnp.asarray(leaf.value) if concrete else leaf.value,
+            deltas[i],
+            dropout=defaults.dropout if own is None else own,
             stop_gradient=stop_gradient,
-            stopped=False,
         )
     return jax.tree.unflatten(treedef, leaves)
 
@@ -244,21 +247,6 @@ def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[LowRankArray]]:
 
 
 _draw_jit = eqx.filter_jit(_draw)
-
-
-def _words(paths: list[str]) -> list[np.ndarray]:
-    """Each path as 64 bits, to be folded into a key.
-
-    Of several arrays with one path, as `{"a.b": x, "a": {"b": y}}` has, the later ones
-    are told apart by their order.
-    """
-    out, seen = [], collections.Counter()
-    for path in paths:
-        text = path if not seen[path] else f"{path}\0{seen[path]}"
-        seen[path] += 1
-        digest = hashlib.sha256(text.encode()).digest()
-        out.append(np.frombuffer(digest[:8], dtype="<u4").astype(np.uint32))
-    return out
 
 
 def _warn_of_wrapper(leaf: Leaf) -> None:

@@ -1,5 +1,7 @@
 """The arrays of a model, and where each stands."""
 
+import collections
+import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -149,3 +151,18 @@ def _largest_in_wrappers(leaves: list[Leaf]) -> list[Leaf]:
 def size_of(x) -> int:
     """How many numbers an array or a value stands for."""
     return math.prod(aval_of(x).shape)
+
+
+def words(paths: list[str]) -> list[np.ndarray]:
+    """Each path as 64 bits, to be folded into a key.
+
+    Of several arrays with one path, as `{"a.b": x, "a": {"b": y}}` has, the later ones
+    are told apart by their order.
+    """
+    out, seen = [], collections.Counter()
+    for path in paths:
+        text = path if not seen[path] else f"{path}\0{seen[path]}"
+        seen[path] += 1
+        digest = hashlib.sha256(text.encode()).digest()
+        out.append(np.frombuffer(digest[:8], dtype="<u4").astype(np.uint32))
+    return out

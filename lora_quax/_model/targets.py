@@ -11,6 +11,7 @@ import numpy as np
 
 from .._arrays.check import (
     check_alpha,
+    check_dropout,
     check_factor_dtype,
     check_number,
     check_rank,
@@ -25,7 +26,8 @@ class Adapt:
 
     **Arguments:**
 
-    - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`: as for `LoraArray`.
+    - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`, `dropout`: as for
+        `LoraArray`.
     - `rows`, `cols`: how many axes of the weight are rows, and how many are columns,
         counted from the end; those before them are batch, with separate factors for
         each index. By default that of the layer; one and one for an array outside a
@@ -52,6 +54,7 @@ class Adapt:
     dtype: Any = None
     rows: int | None = None
     cols: int | None = None
+    dropout: Any = None
 
     def __post_init__(self):
         if self.rank is not None:
@@ -70,6 +73,8 @@ class Adapt:
             check_number("scale", self.scale)
         if self.dtype is not None:
             check_factor_dtype(self.dtype)
+        if self.dropout is not None:
+            object.__setattr__(self, "dropout", check_dropout(self.dropout))
         for name in ("rows", "cols"):
             n = getattr(self, name)
             if n is not None and (isinstance(n, bool) or not isinstance(n, int)):

@@ -5,6 +5,7 @@ from . import (
     collectives as collectives,
     conv as conv,
     dot as dot,
+    dropout as dropout,
     equinox_internal as equinox_internal,
     hi as hi,
     join as join,

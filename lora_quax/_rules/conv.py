@@ -21,7 +21,7 @@ from .layout import COL, groups, ROW
 from .register import linear, NotLazy
 
 
-@linear(lax.conv_general_dilated_p, operand=1)
+@linear(lax.conv_general_dilated_p, operand=1, product=True)
 def conv_general_dilated(
     x,
     w: LowRankArray,

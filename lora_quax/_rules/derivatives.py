@@ -21,9 +21,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 
-from .._arrays.base import make, replace
+from .._arrays.base import replace
 from .._arrays.check import aval_of
-from .._arrays.lora import LoraArray
+from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.thin_dot import arrange, contract
 
@@ -62,13 +62,7 @@ def _tangents(x, dx) -> list:
 
 
 def _plus(x, delta) -> LoraArray:
-    return make(
-        LoraArray,
-        base=x,
-        delta=delta,
-        stop_gradient=False,
-        stopped=False,
-    )
+    return unsummed(x, delta, stop_gradient=False)
 
 
 def tangents_of_leaves(x, dx) -> list:

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import ArrayLike
 
 from .._arrays.check import wider
+from .._arrays.dropout import DropoutArray, dropped, used
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray, preferred, scaled
 from .._arrays.scaled import ScaledArray
@@ -23,8 +24,8 @@ from .register import linear, NotLazy
 from .scaled import scaled_product
 
 
-# The arrays that lower no further.
-Lowered = LowRankArray | LoraArray | ScaledArray
+# The arrays that a product has rules for.
+Lowered = LowRankArray | LoraArray | ScaledArray | DropoutArray
 
 
 def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
@@ -41,7 +42,9 @@ def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
         result = dtype or wider(x.dtype, w.dtype)
         return lax.convert_element_type(out, result), labels
     # Its cotangent, a sum over both products, is stored as the result is.
-    x = stored(x)
+    x = given = stored(x)
+    if isinstance(w, DropoutArray):
+        w, given = w.w, dropped(x, w)
     out, labels = contract(
         x,
         x_labels,
@@ -53,7 +56,7 @@ def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
         **params,
     )
     update = w.delta.lower()
-    delta, delta_labels = _low_rank_product(x, update, axes, out_sharding, **params)
+    delta, delta_labels = _low_rank_product(given, update, axes, out_sharding, **params)
     return stored(add(out, arrange(delta, delta_labels, labels))), labels
 
 
@@ -152,25 +155,27 @@ def _dot_general(
 def _(x: ArrayLike | quax.ArrayValue, w: Lowered, *, dimension_numbers, **params):
     ((x_contract, w_contract), (x_batch, w_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
-    return _dot_general(x, w, numbers, False, **params)
+    return _dot_general(x, used(w), numbers, False, **params)
 
 
 @quax.register(lax.dot_general_p)
 def _(w: Lowered, x: ArrayLike | quax.ArrayValue, *, dimension_numbers, **params):
     ((w_contract, x_contract), (w_batch, x_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
-    return _dot_general(x, w, numbers, True, **params)
+    return _dot_general(x, used(w), numbers, True, **params)
 
 
 @quax.register(lax.dot_general_p)
 def _(x: Lowered, w: Lowered, *, dimension_numbers, **params):
-    # Distribute over one side; each product then dispatches again on the other.
+    # Distribute over one side; each product then dispatches again on the other. Neither
+    # is an activation, of which anything could be dropped.
+    x, w = (y.w if isinstance(y, DropoutArray) else y for y in (x, w))
     ((x_contract, w_contract), (x_batch, w_batch)) = dimension_numbers
     numbers = (x_contract, w_contract, x_batch, w_batch)
     return _dot_general(x, w, numbers, False, **params)
 
 
-@linear(ragged_dot_general_p, operand=1)
+@linear(ragged_dot_general_p, operand=1, product=True)
 def _(
     x,
     w: LowRankArray,

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 
-from .._arrays.base import make, materialise_or_refuse, replace
-from .._arrays.lora import LoraArray
+from .._arrays.base import materialise_or_refuse, replace
+from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.scaled import ScaledArray
 from .layout import (
@@ -124,10 +124,9 @@ def _join(primitive, operands, params, on_deltas, before=()):
     except NotLazy as why:
         values = (*before, *operands)
         return materialise_or_refuse(primitive, values, params, str(why))
-    return make(
-        LoraArray,
-        base=bind(*before, *bases, **params),
-        delta=replace(delta, allow_materialise=all(x.allow_materialise for x in ours)),
+    return unsummed(
+        bind(*before, *bases, **params),
+        replace(delta, allow_materialise=all(x.allow_materialise for x in ours)),
         stop_gradient=all(x.stop_gradient for x in ours),
         stopped=True,
     )

@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 
 from .._arrays.base import lower_all, make, replace
 from .._arrays.check import wider
-from .._arrays.lora import LoraArray
+from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
 from .layout import groups, in_groups
@@ -88,10 +88,9 @@ def _common(x, y) -> Any:
     base, delta = _common(x.base, y.base), _common_factors(x.delta, y.delta)
     if base is None or delta is None:
         return None
-    return make(
-        LoraArray,
-        base=base,
-        delta=delta,
+    return unsummed(
+        base,
+        delta,
         stop_gradient=x.stop_gradient and y.stop_gradient,
         stopped=True,
     )
@@ -119,13 +118,7 @@ def _as_sum(x, like) -> LoraArray:
     if isinstance(x, LowRankArray):
         return with_zero_base(x)
     delta = getattr(like, "delta", like)
-    return make(
-        LoraArray,
-        base=x,
-        delta=_zeros(delta),
-        stop_gradient=True,
-        stopped=True,
-    )
+    return unsummed(x, _zeros(delta), stopped=True)
 
 
 def _zeros(x):

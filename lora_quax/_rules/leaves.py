@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._arrays.base import replace
 from .._arrays.check import aval_of, wider
+from .._arrays.dropout import DropoutArray
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.quantised import QuantisedArray
@@ -26,6 +27,11 @@ def leaf_specs(x, spec) -> list[PartitionSpec]:
     """The partition spec of each leaf of an array that is partitioned by `spec`."""
     entries = (*spec, *(None,) * (len(aval_of(x).shape) - len(spec)))
     return [PartitionSpec(*axes) for axes in _leaf_axes(x, entries)]
+
+
+def _parts(x: ScaledArray | DropoutArray) -> tuple[Any, Any]:
+    """The array inside, and a leaf of its own of which an axis may have length 1."""
+    return (x.w, x.key) if isinstance(x, DropoutArray) else (x.base, x.scale)
 
 
 def leaf_shardings(x, sharding: NamedSharding) -> list[NamedSharding]:
@@ -46,10 +52,11 @@ def _leaf_axes(x, entries: tuple) -> list[tuple]:
             tuple(None if i == "rank" else entries[i] for i in labels)
             for labels in (a_labels, b_labels)
         ]
-    if isinstance(x, ScaledArray):
-        sizes = zip(x.scale.shape, entries)
-        of_scale = tuple(None if n == 1 else entry for n, entry in sizes)
-        return [*_leaf_axes(x.base, entries), of_scale]
+    if isinstance(x, ScaledArray | DropoutArray):
+        inner, own = _parts(x)
+        sizes = zip(own.shape, entries)
+        of_own = tuple(None if n == 1 else entry for n, entry in sizes)
+        return [*_leaf_axes(inner, entries), of_own]
     if not isinstance(x, quax.Value):
         return [entries]
     axes = []
@@ -87,6 +94,8 @@ def _in_slices(x):
     shares them with all the others."""
     if isinstance(x, LoraArray | ScaledArray):
         return replace(x, base=_in_slices(x.base))
+    if isinstance(x, DropoutArray):
+        return replace(x, w=_in_slices(x.w))
     if not isinstance(x, QuantisedArray):
         return x
     x = x.unpacked() if x.packed == -x.ndim else x
@@ -100,10 +109,13 @@ def _scan_leaves(x, length: int) -> list[tuple]:
     """Each leaf beside None, in front of it if it is sliced, behind it if shared."""
     if isinstance(x, LoraArray):
         return [*_scan_leaves(x.base, length), *_scan_leaves(x.delta, length)]
-    if isinstance(x, ScaledArray):
-        same = x.scale.shape[0] == 1 != length  # The same scale for each slice.
-        scale = (None, jnp.squeeze(x.scale, 0)) if same else (x.scale, None)
-        return [*_scan_leaves(x.base, length), scale]
+    if isinstance(x, ScaledArray | DropoutArray):
+        inner, own = _parts(x)
+        same = own.shape[0] == 1 != length  # The same for each slice.
+        return [
+            *_scan_leaves(inner, length),
+            (None, jnp.squeeze(own, 0)) if same else (own, None),
+        ]
     if isinstance(x, LowRankArray):
         return [(x.a, None) if x.n_batch else (None, x.a), (x.b, None)]
     out = []
@@ -139,6 +151,9 @@ def step_of_scan(x):
         return add(replace(x, base=base).frozen_base(), delta)
     if isinstance(x, ScaledArray):
         return settle(replace(x, base=step_of_scan(x.base)))
+    if isinstance(x, DropoutArray):
+        step = step_of_scan(x.w)
+        return replace(x, w=step) if isinstance(step, LoraArray) else step
     if isinstance(x, LowRankArray):
         step = _step_of_update(x)
         dtype = wider(x.a.dtype, x.b.dtype)

@@ -18,6 +18,7 @@ from jax.extend.core.primitives import (
 from jax.sharding import NamedSharding
 
 from .._arrays.base import lower_all
+from .._arrays.dropout import DropoutArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.quantised import QuantisedArray
@@ -28,6 +29,8 @@ from .register import variadic
 
 
 OfParts = LowRankArray | LoraArray | ScaledArray | QuantisedArray
+# Those that are placed leaf by leaf.
+Placed = OfParts | DropoutArray
 
 
 def _on_each_part(primitive):
@@ -50,13 +53,13 @@ def _place(w, sharding, bind):
 
 
 @quax.register(sharding_constraint_p)
-def _(w: OfParts, *, sharding, **params):
+def _(w: Placed, *, sharding, **params):
     del params  # A context mesh and what it leaves open; the sharding names all else.
     return _place(w, sharding, lax.with_sharding_constraint)
 
 
 @quax.register(reshard_p)
-def _(w: OfParts, *, dst_sharding, **params):
+def _(w: Placed, *, dst_sharding, **params):
     del params  # The mesh, which the sharding names too.
     return _place(w, dst_sharding, jax.reshard)
 
@@ -70,6 +73,6 @@ def device_put(*operands, devices, srcs, copy_semantics):
             params = dict(devices=(device,), srcs=(src,), copy_semantics=(semantics,))
             return device_put_p.bind(x, **params)[0]
 
-        ours = isinstance(x, OfParts)
+        ours = isinstance(x, Placed)
         out.append(_place(x, of_x[0], bind) if ours else bind(x, of_x[0]))
     return out

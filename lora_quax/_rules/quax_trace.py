@@ -20,6 +20,7 @@ from quax._trace import _QuaxTrace, _QuaxTracer
 from quax._values import _dense
 
 from .._arrays.base import is_adapted, lower_all, refusal
+from .._arrays.dropout import refuse_dropout
 from .._arrays.scaled import ScaledArray
 from .._compat import core, cotangents, flat_tree, spec_axes, varying_axes
 from .derivatives import (
@@ -126,6 +127,7 @@ def _process_custom_jvp_call(self, primitive, fun, jvp, tracers, *, symbolic_zer
         return _quax_custom_jvp(
             self, primitive, fun, jvp, tracers, symbolic_zeros=symbolic_zeros
         )
+    refuse_dropout(values, "custom_jvp")
     retrace = ft.partial(_retrace, self.tag, fun.call_wrapped)
     retrace_rule = ft.partial(_retrace, self.tag, jvp.call_wrapped)
 
@@ -214,6 +216,8 @@ def _process_custom_vjp_call(
             symbolic_zeros=symbolic_zeros,
             **params,
         )
+
+    refuse_dropout(values, "custom_vjp")
 
     @jax.custom_vjp
     def call(*values):

@@ -5,6 +5,7 @@ Almost every rule says what a linear operation does to a `LowRankArray`. For a
 and the sum stays unsummed if the update stayed low rank, or is taken if it did not.
 """
 
+import functools as ft
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 import quax
 from jaxtyping import ArrayLike
 
-from .._arrays.base import AdaptedArray, lower, make, materialise_or_refuse, replace
+from .._arrays.base import AdaptedArray, lower, materialise_or_refuse, replace
 from .._arrays.check import wider
-from .._arrays.lora import add, LoraArray
+from .._arrays.dropout import DropoutArray, dropped, used
+from .._arrays.lora import add, LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray
 from .._arrays.stored import stored
 
@@ -28,6 +30,7 @@ def linear(
     *,
     operand: int = 0,
     affine: Callable[[dict], bool] = lambda params: False,
+    product: bool = False,
 ):
     """Registers `rule(*operands, **params)`, of which number `operand` is low rank.
 
@@ -37,6 +40,9 @@ def linear(
     With some parameters an operation may be `affine`, as a `pad` that fills with ones.
     The rule gives the linear part. The rest, what the operation does to zero, falls to
     the base; an array without a base is then given one of zeros.
+
+    What comes before a weight in a `product` is an activation: with dropout the update
+    is given another one.
     """
 
     def decorate(rule):
@@ -53,13 +59,13 @@ def linear(
                 return [_of_type(x, dtype) for x in out]
             return _of_type(out, dtype)
 
-        def on_lora(*args, **params):
+        def on_lora(*args, drop=lambda x: x, **params):
             # What a weight is multiplied with comes before it. Its cotangent, a sum
             # over both parts, is stored as the result is.
             before = tuple(map(stored, args[:operand]))
             w, after = args[operand], args[operand + 1 :]
             try:
-                delta = rule(*before, w.delta.lower(), *after, **params)
+                delta = rule(*map(drop, before), w.delta.lower(), *after, **params)
             except NotLazy as why:
                 return materialise_or_refuse(primitive, args, params, str(why))
 
@@ -69,8 +75,14 @@ def linear(
 
             return distribute(w, on_base, delta, (*before, *after))
 
+        def with_dropout(x, w, *after, **params):
+            w = used(w)
+            return on_lora(x, w.w, *after, drop=ft.partial(dropped, w=w), **params)
+
         register(primitive, operand, LowRankArray, on_low_rank)
         register(primitive, operand, LoraArray, on_lora)
+        if product:
+            register(primitive, operand, DropoutArray, with_dropout)
         return rule
 
     return decorate
@@ -112,7 +124,7 @@ def as_array(x) -> jax.Array:
 
 def with_zero_base(delta: LowRankArray) -> LoraArray:
     zeros = jnp.zeros(delta.shape, delta.dtype)
-    return make(LoraArray, base=zeros, delta=delta, stop_gradient=True, stopped=True)
+    return unsummed(zeros, delta, stopped=True)
 
 
 def variadic(primitive):

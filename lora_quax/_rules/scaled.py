@@ -8,6 +8,7 @@ put on the other operand, and one along the rest on the result.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import quax
@@ -59,12 +60,19 @@ def on(primitive, *, operand: int = 0):
     return decorate
 
 
+# Of each primitive that moves elements: what it does to numbers that have the axes of
+# an array, each of them as long as there, or 1 where they do not vary.
+MOVES: dict[Any, Callable] = {}
+
+
 def moves(primitive):
     """Registers an operation that moves elements: `scale(s, shape, *operands,
     **params)` is the scale of the result, or a list of them, of an array of that shape.
     """
 
     def decorate(scale):
+        MOVES[primitive] = scale
+
         @on(primitive)
         def _(w: ScaledArray, *rest, **params):
             new = scale(w.scale, w.shape, *rest, **params)

@@ -7,6 +7,7 @@ said of these.
 import jax.tree_util as jtu
 from jax.extend.core.primitives import linear_solve_p
 
+from .._arrays.dropout import refuse_dropout
 from .traced import call, call_rule, own_plain, trace_on
 
 
@@ -20,6 +21,7 @@ def _run(consts, vector, jaxpr):
 
 @call_rule(linear_solve_p)
 def custom_linear_solve(*args, const_lengths, jaxprs):
+    refuse_dropout(args, "custom_linear_solve")
     consts, rest = [], list(args)
     for n in const_lengths:
         consts.append(rest[:n])

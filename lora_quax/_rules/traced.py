@@ -16,6 +16,7 @@ from jaxtyping import ArrayLike
 from quax._dispatch import _default_process
 
 from .._arrays.base import densify_or_refuse, is_adapted
+from .._arrays.dropout import used
 from .._arrays.quantised import QuantisedArray
 from .._compat import as_function, core
 
@@ -46,7 +47,7 @@ def call_rule(primitive, quax_rule: Callable | None = None):
     def decorate(rule):
         def dispatched(*args, **params):
             if any(map(is_ours, args)):
-                return rule(*args, **params)
+                return rule(*used(args), **params)
             if any(map(is_value, args)):
                 return leave_to_quax(*args, **params)
             return primitive.bind(*args, **params)

@@ -34,7 +34,6 @@ _HARMLESS = {
     "loftq_config",
     "lora_ga_config",
     "inference_mode",
-    "lora_dropout",
     "megatron_config",
     "megatron_core",
     "peft_type",
@@ -71,6 +70,7 @@ class Config:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     ensure_weight_tying: bool = False
+    lora_dropout: float = 0.0
 
     def rank(self, name: str) -> int:
         """The rank of the update of a module or, for `target_parameters`, an array."""
@@ -277,6 +277,10 @@ def _is_number(x) -> bool:
     return type(x) in (int, float)
 
 
+def _is_part(x) -> bool:
+    return _is_number(x) and 0 <= x < 1
+
+
 def _is_list_of(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, list) and all(map(is_kind, x))
 
@@ -304,6 +308,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "modules_to_save": ("a list of strings", _is_list_of(_is_text)),
     "rank_pattern": ("a mapping to integers", _is_mapping_to(_is_integer)),
     "alpha_pattern": ("a mapping to numbers", _is_mapping_to(_is_number)),
+    "lora_dropout": ("a number, at least 0 and less than 1", _is_part),
     "use_rslora": ("true or false", _is_flag),
     "lora_bias": ("true or false", _is_flag),
     "fan_in_fan_out": ("true or false", _is_flag),

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from .._arrays.base import make
 from .._arrays.check import aval_of, check_float_dtype, read_alpha
 from .._arrays.full import FullArray
-from .._arrays.lora import LoraArray
+from .._arrays.lora import unsummed
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import refuse_misfit, too_wide
 from .._model.names import Names, split
@@ -128,13 +128,7 @@ class _Fit:
         except ValueError as e:
             self.problems.append(f"{named(place.path)} cannot be adapted: {e}")
             return place.origin
-        return make(
-            LoraArray,
-            base=base,
-            delta=delta,
-            stop_gradient=True,
-            stopped=False,
-        )
+        return unsummed(base, delta, dropout=float(self.adapter.config.lora_dropout))
 
     def unused(self) -> list[str]:
         """What nothing in the model asked for."""

@@ -41,7 +41,7 @@ def save(
     initial: PyTree = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
-    lora_dropout: float = 0.0,
+    lora_dropout: float | None = None,
     fan_in_fan_out: bool = False,
     use_rslora: bool = False,
     ensure_weight_tying: bool | None = None,
@@ -89,8 +89,9 @@ def save(
         with twice the rank and works on the untouched base. It takes the place of
         `base`.
     - `base_model_name_or_path`, `task_type`, `lora_dropout`, `fan_in_fan_out`: what the
-        configuration says. The last is true for a GPT-2, whose `Conv1D` keeps its
-        weight as `(in, out)` in PyTorch; here it is `(out, in)` all the same.
+        configuration says. PEFT knows one dropout, by default the greatest in the
+        model. `fan_in_fan_out` is true for a GPT-2, whose `Conv1D` keeps its weight as
+        `(in, out)` in PyTorch; here it is `(out, in)` all the same.
     - `use_rslora`: whether to write the scaling as `alpha / √rank`.
     - `ensure_weight_tying`: whether what adapts an embedding adapts the head that is
         tied to it as well. By default that is so for what `equinox.nn.Shared` ties, and
@@ -135,6 +136,8 @@ def save(
         for name, update in updates.items()
         if split(name)[1] != "weight" or update.kind == "experts"
     ]
+    if parameters and lora_dropout is None:
+        lora_dropout = 0.0  # Of what trains them PEFT has none.
     if parameters and (lora_dropout or fan_in_fan_out):
         raise ValueError(
             f"PEFT adapts `{parameters[0]}`, a single parameter, with neither "
@@ -158,7 +161,7 @@ def save(
         # A number that is not said, PEFT would choose.
         init_lora_weights=True,
         lora_bias=False,
-        lora_dropout=float(lora_dropout),
+        lora_dropout=_dropout(places) if lora_dropout is None else float(lora_dropout),
         task_type=task_type,
         use_dora=False,
         use_rslora=use_rslora,
@@ -208,6 +211,12 @@ def _is_update(place: Place) -> bool:
     """Whether an array has more to it than a value of its own."""
     x = place.leaf.value
     return is_adapted(x) and not isinstance(x, FullArray)
+
+
+def _dropout(places: list[Place]) -> float:
+    """The rate of all updates, or the greatest."""
+    arrays = (place.leaf.value for place in places)
+    return max((getattr(x, "dropout", 0.0) for x in arrays), default=0.0)
 
 
 def _settings(

@@ -1,0 +1,72 @@
+"""What is done to a weight with dropout: it is done to the weight, and the key goes
+along. Products are with the other rules of products."""
+
+import quax
+from jax import lax
+from jax.extend.core.primitives import copy_p, name_p, stop_gradient_p
+from jaxtyping import ArrayLike
+
+from .._arrays.base import replace
+from .._arrays.dropout import DropoutArray
+from .._arrays.lora import LoraArray
+from .._compat import pvary_p
+from .scaled import MOVES
+
+
+def _with_keys(w: DropoutArray, out, keys):
+    """What is still a sum keeps its key; an activation, as a row is, has none."""
+    return replace(w, w=out, key=keys) if isinstance(out, LoraArray) else out
+
+
+def _moved(w: DropoutArray, move, *rest, **params):
+    """The keys of what is moved. One key that stays one is the very same, so that its
+    uses are counted."""
+    keys = move(w.key, w.shape, *rest, **params)
+    same = lambda new: w.key if new.shape == w.key.shape and new.size == 1 else new
+    return list(map(same, keys)) if isinstance(keys, list) else same(keys)
+
+
+def _moves(primitive, move):
+    @quax.register(primitive)
+    def _(w: DropoutArray, *rest: ArrayLike, **params):
+        keys = _moved(w, move, *rest, **params)
+        out = quax.quaxify(primitive.bind)(w.w, *rest, **params)
+        if not isinstance(keys, list):
+            return _with_keys(w, out, keys)
+        return [_with_keys(w, x, key) for x, key in zip(out, keys)]
+
+
+for _primitive, _move in MOVES.items():
+    _moves(_primitive, _move)
+
+
+def _stays(primitive):
+    """An operation on each number by itself. What a product by a vector adds to the
+    axes of the weight, it adds to those of the key."""
+
+    def done(w: DropoutArray, out):
+        new = (1,) * (out.ndim - w.ndim)
+        return _with_keys(w, out, w.key.reshape(new + w.key.shape))
+
+    @quax.register(primitive)
+    def _(w: DropoutArray, *rest: ArrayLike, **params):
+        return done(w, quax.quaxify(primitive.bind)(w.w, *rest, **params))
+
+    if primitive is lax.mul_p:
+
+        @quax.register(primitive)
+        def _(x: ArrayLike, w: DropoutArray, **params):
+            return done(w, quax.quaxify(primitive.bind)(x, w.w, **params))
+
+
+for _primitive in (
+    copy_p,
+    lax.convert_element_type_p,
+    lax.div_p,
+    lax.mul_p,
+    lax.neg_p,
+    name_p,
+    pvary_p,
+    stop_gradient_p,
+):
+    _stays(_primitive)
