@@ -18,6 +18,7 @@ from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_ad
 from ._disk.files import AdapterError as AdapterError
 from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
+from ._model.branch import LoraBranch as LoraBranch
 from ._model.dropout import with_dropout_key as with_dropout_key
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
@@ -43,6 +44,7 @@ __all__ = [
     "DropoutArray",
     "FullArray",
     "LoraArray",
+    "LoraBranch",
     "LowRankArray",
     "MaterialiseError",
     "QuantisedArray",

@@ -32,12 +32,16 @@ def aval_of(x) -> Any:
 
 
 def check_rank(rank) -> int:
+    return check_count("rank", rank)
+
+
+def check_count(name: str, n) -> int:
     try:
-        out = 0 if isinstance(rank, bool) else operator.index(rank)
+        out = 0 if isinstance(n, bool) else operator.index(n)
     except TypeError:
         out = 0
     if out < 1:
-        raise ValueError(f"`rank` must be a positive integer, got {rank!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {n!r}.")
     return out
 
 

@@ -102,9 +102,7 @@ def _build(about: Any, base, levels: int) -> AdaptedArray:
             types = _TYPES + _INTEGERS if role == FROZEN else _TYPES
             values[field.name] = _abstract(inner, types)
     for field in fields_of(cls, static=True):
-        value = about.get(field.name, _LATER.get(field.name))
-        if value is None:
-            raise KeyError(field.name)
+        value = {**_LATER, **about}[field.name]
         values[field.name] = _static(field, value)
     unknown = about.keys() - values.keys() - {"form", "layer"}
     if unknown:

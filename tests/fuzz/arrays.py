@@ -78,17 +78,18 @@ def _normal(rng, like) -> np.ndarray:
 
 
 def _fill(tree, seed: int):
-    """Numbers for the leaves; and for integers, which choose among others, 0 or 1."""
+    """Numbers for the leaves; for integers, which choose among others, 0 or 1; and for
+    keys, of which a rate of zero makes no use, any."""
     rng = np.random.default_rng(seed)
-    inexact = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)
-    return jax.tree.map(
-        lambda x: (
-            _normal(rng, x)
-            if inexact(x)
-            else rng.integers(0, 2, x.shape).astype(x.dtype)
-        ),
-        tree,
-    )
+
+    def fill(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(seed), x.shape)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return _normal(rng, x)
+        return rng.integers(0, 2, x.shape).astype(x.dtype)
+
+    return jax.tree.map(fill, tree)
 
 
 def _cast(tree, dtype: str):
