@@ -20,9 +20,11 @@ from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
 from ._model.branch import LoraBranch as LoraBranch
 from ._model.dropout import with_dropout_key as with_dropout_key
+from ._model.initialise import initialise as initialise, loftq as loftq
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
 from ._model.quantise import dequantise as dequantise, quantise as quantise
+from ._model.rebase import rebase as rebase
 from ._model.summary import summary as summary
 from ._model.targets import Adapt as Adapt
 from ._model.training import (
@@ -54,15 +56,18 @@ __all__ = [
     "filter_grad",
     "filter_value_and_grad",
     "init",
+    "initialise",
     "labels",
     "load_adapter",
     "load_gguf",
     "load_model",
+    "loftq",
     "loraify",
     "merge",
     "partition",
     "peft",
     "quantise",
+    "rebase",
     "role",
     "save_adapter",
     "save_model",

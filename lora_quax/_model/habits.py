@@ -33,7 +33,10 @@ _HERE = {
     "bias": (
         'is part of `targets` here: `targets={eqx.nn.Linear: True, "bias": "full"}`'
     ),
-    "init_lora_weights": "is `init_a` and `init_b` here: see `lora_quax.init`",
+    "init_lora_weights": (
+        "is `init_a` and `init_b` here: see `lora_quax.init`; what is taken from the "
+        "weights, as PiSSA is, `lora_quax.initialise` does to the adapted model"
+    ),
     "rank_pattern": _PATTERN,
     "alpha_pattern": _PATTERN,
     "layers_to_transform": _LAYERS,
@@ -56,7 +59,7 @@ _HERE = {
         "is an argument of `lora_quax.peft.save` here; what `eqx.nn.Shared` ties stays "
         "tied"
     ),
-    "loftq_config": _NONE_HERE,
+    "loftq_config": "is the arguments of `lora_quax.loftq` here",
     "peft_type": _NONE_HERE,
     "task_type": _NONE_HERE,
     "inference_mode": _NONE_HERE,

@@ -10,9 +10,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.check import aval_of, check_rank
+from .._arrays.check import aval_of, check_count
 from .._arrays.quantised import QuantisedArray
-from .paths import is_value, Leaf, named
+from .paths import is_value, named
 from .select import select
 from .targets import Adapt, Targets
 
@@ -60,10 +60,7 @@ def quantise(
     `ValueError` or `TypeError` if `targets` is not what it should be, or matches
     nothing.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(_KINDS)}, got {kind!r}.")
-    if tile is not None:
-        tile = _check_tile(tile)
+    check_codec(kind, tile)
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     chosen = select(model, targets)
     done: dict[int, QuantisedArray] = {}
@@ -77,7 +74,8 @@ def quantise(
             )
         # An array in two places, as where weights are tied, stays one.
         if id(leaf.value) not in done:
-            done[id(leaf.value)] = _quantised(leaf, kind, tile)
+            where, cols = named(leaf.path), leaf.axes[1]
+            done[id(leaf.value)] = quantised(where, leaf.value, cols, kind, tile)
         leaves[i] = done[id(leaf.value)]
     for i, (leaf, _) in enumerate(chosen):
         if isinstance(leaf.value, jax.ShapeDtypeStruct):
@@ -120,17 +118,18 @@ def _is_abstract(x) -> bool:
     return any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x))
 
 
-def _check_tile(tile) -> int:
-    try:
-        return check_rank(tile)
-    except ValueError as e:
-        raise ValueError(
-            f"`tile` must be a positive integer or None, got {tile!r}."
-        ) from e
+def check_codec(kind: str, tile: int | None) -> None:
+    if kind not in _KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(_KINDS)}, got {kind!r}.")
+    if tile is not None:
+        check_count("tile", tile)
 
 
-def _quantised(leaf: Leaf, kind: str, tile: int | None) -> QuantisedArray:
-    where, x = named(leaf.path), leaf.value
+def quantised(where: str, x: Any, cols: int, kind: str, tile: int | None) -> Any:
+    """An array quantised, of which the last `cols` axes are its columns.
+
+    **Raises:** as `quantise`, of an array that stands at `where`.
+    """
     if isinstance(x, QuantisedArray):
         raise ValueError(
             f"{where} is quantised already: it is {x!r}. `lora_quax.dequantise` gives "
@@ -141,7 +140,7 @@ def _quantised(leaf: Leaf, kind: str, tile: int | None) -> QuantisedArray:
             f"{where} is a {type(x).__name__}; only a plain array is quantised."
         )
     shape = aval_of(x).shape
-    first = len(shape) - leaf.axes[1]  # Of the columns.
+    first = len(shape) - cols  # Of the columns.
     size = max(1, shape[first] if tile is None else tile)
     if shape[first] % size:
         raise ValueError(
