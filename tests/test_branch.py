@@ -1,5 +1,7 @@
 """An update beside a module that is opaque, or by itself."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ MODULES = {
 
 
 def _branch(module, **kwargs):
-    kwargs = dict(dict(alpha=3.0, init_b=normal, dtype=float), **kwargs)
+    kwargs: Any = {"alpha": 3.0, "init_b": normal, "dtype": float, **kwargs}
     return LoraBranch(module, 4, 3, 2, jr.key(1), **kwargs)
 
 

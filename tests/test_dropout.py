@@ -4,6 +4,8 @@ A weight without a base, of which the update is all ones, shows its mask: the de
 of any output by an input is `mask / (1 - rate)`.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,7 @@ RATE = 0.3
 N = 60
 
 
-def weight(*shape, rows=1, cols=1, rate=RATE, key=0, scale=0.0) -> LoraArray:
+def weight(*shape, rows=1, cols=1, rate=RATE, key: int | None = 0, scale=0.0) -> Any:
     """Of a base of `scale`, and an update of ones; with a key, if there is one."""
     n = len(shape) - rows - cols
     a = jnp.ones((*shape[:n], 1, *shape[n + rows :]))
@@ -33,6 +35,10 @@ def weight(*shape, rows=1, cols=1, rate=RATE, key=0, scale=0.0) -> LoraArray:
         base, LowRankArray(a, b, rows=rows, cols=cols), dropout=rate
     )
     return w if key is None else with_dropout_key(w, jr.key(key))
+
+
+def product(w, x):
+    return w @ x
 
 
 def masks(use, w, *shape, out=0):
@@ -143,10 +149,10 @@ def test_without_a_key_nothing_is_dropped(name):
 
 def test_the_expectation_is_the_product_without_dropout():
     w, x = weight(3, N, scale=1.0, key=None), drawn((N,), 5)
-    dropping = lambda key: quax.quaxify(jnp.matmul)(with_dropout_key(w, key), x)
+    dropping = lambda key: quax.quaxify(product)(with_dropout_key(w, key), x)
     samples = jax.jit(jax.vmap(dropping))(jr.split(jr.key(1), 4000))
     error = np.asarray(samples.std(0)) / np.sqrt(len(samples))
-    expected = quax.quaxify(jnp.matmul)(w, x)
+    expected = quax.quaxify(product)(w, x)
     assert (abs(samples.mean(0) - expected) < 5 * error).all()
     # The base is not dropped: what varies is the update alone.
     var = RATE / (1 - RATE) * jnp.sum(x**2)
@@ -202,7 +208,7 @@ def test_each_has_a_mask_of_its_own(name):
 
 def test_a_scan_outside_of_quaxify():
     w = weight(2, 3, N)
-    step = lambda x, v: (x, quax.quaxify(jnp.matmul)(v, x)[0])
+    step = lambda x, v: (x, quax.quaxify(product)(v, x)[0])
     f = lambda x: lax.scan(step, x, w)[1]
     first, second = np.asarray(jax.jit(jax.jacobian(f))(jnp.ones(N)))
     assert ((first == 0) != (second == 0)).any()
@@ -212,7 +218,7 @@ def test_keys_for_each_example():
     w, x = weight(3, N, key=None), jnp.ones((4, N))
 
     def f(x, key):
-        return quax.quaxify(jnp.matmul)(with_dropout_key(w, key), x)
+        return quax.quaxify(product)(with_dropout_key(w, key), x)
 
     out = jax.jit(jax.vmap(f))(x, jr.split(jr.key(0), 4))
     one_by_one = [f(x[0], key) for key in jr.split(jr.key(0), 4)]

@@ -365,7 +365,7 @@ WRONG = {
     "codes that are no integers": (
         lambda: QuantisedArray(jnp.ones((1, 2)), jnp.ones((1, 1)), kind="int8"),
         TypeError,
-        "",
+        "codes",
     ),
     "a type that is no number's": (
         lambda: QuantisedArray(

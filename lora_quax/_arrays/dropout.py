@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from .base import AdaptedArray, dense, replace, role
 from .check import aval_of
+from .lora import LoraArray
 from .show import show
 
 
@@ -41,9 +42,16 @@ class DropoutArray(AdaptedArray):
     has_rules = True
 
     rate: float = eqx.field(static=True)
-    w: Any = role()  # an adapted array, in the end a `LoraArray`
+    w: Any = role()  # a `LoraArray`
     # Each axis as that of the weight, or 1: of a stack, each index has its own key.
     key: Array = role("frozen")
+
+    def __check_init__(self):
+        if not isinstance(self.w, LoraArray):
+            raise TypeError(
+                f"Dropout is of a `LoraArray`; got a {type(self.w).__name__}. See "
+                "`lora_quax.with_dropout_key`."
+            )
 
     @property
     def allow_materialise(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -78,8 +78,8 @@ def initialise(
             raise ValueError(
                 f"{where} has rank {w.rank}; for orthogonal factors it must be even."
             )
-        own = None if method not in _DRAWN else jr.fold_in(key, word[0])
-        run = _initialised if not _is_abstract(w) else _abstract_initialised
+        own = None if key is None else jr.fold_in(key, word[0])
+        run: Any = _abstract_initialised if _is_abstract(w) else _initialised
         return run(w, own, method)
 
     return _on_each(model, change)

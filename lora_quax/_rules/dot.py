@@ -45,6 +45,7 @@ def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
     x = given = stored(x)
     if isinstance(w, DropoutArray):
         w, given = w.w, dropped(x, w)
+    assert isinstance(w, LoraArray)
     out, labels = contract(
         x,
         x_labels,
