@@ -31,8 +31,8 @@ MODULES = {
 
 
 def _branch(module, **kwargs):
-    kwargs: Any = {"alpha": 3.0, "init_b": normal, "dtype": float, **kwargs}
-    return LoraBranch(module, 4, 3, 2, jr.key(1), **kwargs)
+    given: Any = {"alpha": 3.0, "init_b": normal, "dtype": float, **kwargs}
+    return LoraBranch(module, 4, 3, 2, jr.key(1), **given)
 
 
 def _plain(module, x):

@@ -7,7 +7,7 @@ trained from there belongs to that base; `rebase` puts it on the one before.
 import functools as ft
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -168,7 +168,8 @@ def _of_singular_values(u, s, v, rank: int, scaling: float):
 
 def _pissa(w, rank: int, scaling: float, key):
     del key
-    return _of_singular_values(*jnp.linalg.svd(w, False), rank, scaling)
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)
+    return _of_singular_values(u, s, v, rank, scaling)
 
 
 _MORE, _ITERATIONS = 10, 4  # Vectors beyond the rank; products with w · wᵀ.
@@ -180,7 +181,7 @@ def _randomised_pissa(w, rank: int, scaling: float, key):
     for _ in range(_ITERATIONS):
         q, _ = jnp.linalg.qr(w.T @ q)
         q, _ = jnp.linalg.qr(w @ q)
-    u, s, v = jnp.linalg.svd(q.T @ w, False)
+    u, s, v = jnp.linalg.svd(q.T @ w, full_matrices=False)
     return _of_singular_values(q @ u, s, v, rank, scaling)
 
 
