@@ -1,8 +1,8 @@
 """Executes notebooks in this folder afresh and shows what each one closes with.
 
 `python notebooks/run.py` runs the quickstart, `python notebooks/run.py NAME` another.
-The files are left alone; `--save` writes the new outputs back, and into `docs/` the
-picture of a notebook that has one for README. Progress is shown on a terminal, and
+The files are left alone; `--save` writes the new outputs back, and into README the
+picture and the table of a notebook that it shows. Progress is shown on a terminal, and
 neither in a log nor in what is saved. `LORA_QUAX_SHORT=1` in the environment cuts short
 the notebooks that take long.
 """
@@ -10,6 +10,7 @@ the notebooks that take long.
 import argparse
 import base64
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nbclient import NotebookClient
 
 
 HERE = Path(__file__).parent
-PICTURES = HERE.parent / "docs"
+ROOT = HERE.parent
 NAMES = sorted(path.stem for path in HERE.glob("*.ipynb"))
 
 
@@ -46,14 +47,21 @@ def closing(notebook) -> str:
     return "\n".join(map(as_text, last.outputs))
 
 
-def picture(notebook) -> bytes | None:
-    """The picture for README: that of the cell with the tag `readme`."""
+def show_in_readme(name: str, notebook) -> None:
+    """The picture of the cell with the tag `readme`, and the table it closes with."""
+    readme, image = ROOT / "README.md", f"docs/{name}.png"
     for cell in notebook.cells:
         if "readme" in cell.metadata.get("tags", ()):
             shown = [output.get("data", {}) for output in cell.outputs]
-            [image] = [data["image/png"] for data in shown if "image/png" in data]
-            return base64.b64decode(image)
-    return None
+            [data] = [data["image/png"] for data in shown if "image/png" in data]
+            (ROOT / image).write_bytes(base64.b64decode(data))
+            rows = [line.strip() for line in closing(notebook).splitlines()]
+            table = "".join(f"{row}\n" for row in rows if row)
+            # It stands below the picture.
+            pattern = rf"(?<=\({re.escape(image)}\)\n\n)(\|.*\n)+"
+            text, found = re.subn(pattern, lambda _: table, readme.read_text())
+            assert found == 1, f"{readme} has no place for the table of {name}"
+            readme.write_text(text)
 
 
 def run(path: Path, save: bool) -> str:
@@ -74,8 +82,7 @@ def run(path: Path, save: bool) -> str:
         # Which interpreter ran it is no part of the notebook.
         notebook.metadata.get("language_info", {}).pop("version", None)
         nbformat.write(notebook, path)
-        if image := picture(notebook):
-            (PICTURES / f"{path.stem}.png").write_bytes(image)
+        show_in_readme(path.stem, notebook)
     return closing(notebook)
 
 
