@@ -1,5 +1,6 @@
 """README and the notebooks say what is so. That its programs run is in test_docs."""
 
+import base64
 import json
 import re
 import tomllib
@@ -14,6 +15,8 @@ from benchmarks import _markdown
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CI = (ROOT / ".ci/run").read_text()
+[SHOWCASE] = (names.split() for names in re.findall("^showcase='(.*)'$", CI, re.M))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -22,7 +25,7 @@ def section(title: str) -> str:
 
 
 def test_it_is_short():
-    assert len(README.splitlines()) < 150
+    assert len(README.splitlines()) < 180
 
 
 def test_versions_agree():
@@ -50,10 +53,28 @@ def test_the_figures_of_speed_are_those_measured():
     assert table == _markdown.readme_table(ROOT / "benchmarks/results")
 
 
+def test_the_figures_of_minilm_are_those_of_its_notebook():
+    notebook = ROOT / "notebooks" / "finetune_minilm.ipynb"
+    cells = json.loads(notebook.read_text())["cells"]
+    text = section("A pretrained model")
+
+    [closing] = cells[-1]["outputs"]
+    lines = "".join(closing["data"]["text/plain"]).splitlines()
+    shown = [line.strip() for line in lines if line.strip()]
+    assert [line for line in text.splitlines() if line.startswith("|")] == shown
+
+    [tagged] = [cell for cell in cells if "readme" in cell["metadata"].get("tags", [])]
+    [output] = tagged["outputs"]
+    picture = ROOT / "docs" / "finetune_minilm.png"
+    assert "(docs/finetune_minilm.png)" in text
+    assert picture.read_bytes() == base64.b64decode(output["data"]["image/png"])
+
+
 def test_ci_runs_the_commands_of_the_readme():
     # `.ci/run` finds them by how they end; each must be found, once.
-    patterns = re.findall(r"readme_command '(.*?)'", (ROOT / ".ci/run").read_text())
+    patterns = re.findall(r"readme_command '(.*?)'", CI)
     assert len(patterns) == 2
+    patterns += [rf"notebooks/run\.py {name}" for name in SHOWCASE]
     for pattern in patterns:
         assert len(re.findall(f"^.*&& .*{pattern}$", README, re.M)) == 1, pattern
 

