@@ -1,0 +1,202 @@
+"""From texts and chats to tokens and back, as a model's own files have it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..._disk.files import AdapterError, read_json
+from .chat import render
+from .extra import needs
+from .gguf import Fields, gguf_fields
+
+
+Spans = list[tuple[int, int]]
+_EOS = "eos_token_id"
+
+
+class Encoder(NamedTuple):
+    """A tokenizer, and what else a model's files say of texts."""
+
+    source: Path
+    tokenizer: Any  # Of the package tokenizers.
+    ends: tuple[int, ...]  # The tokens that end a text; the first is that of training.
+    template: str | None  # Of chats, in Jinja.
+    special: dict[str, str]  # What a template may call them: bos_token, eos_token, ...
+
+    def text(self, text: str) -> np.ndarray:
+        """The tokens of a text, and that it ends."""
+        ids = self.tokenizer.encode(text).ids
+        if self.ends and ids[-1:] != [self.ends[0]]:
+            ids = [*ids, self.ends[0]]
+        return np.array(ids, np.int32)
+
+    def prompt(self, text: str) -> np.ndarray:
+        """The tokens of a text that goes on."""
+        ids = self.tokenizer.encode(text).ids
+        # What ends a text may have been added by the tokenizer.
+        while ids and ids[-1] in self.ends:
+            ids = ids[:-1]
+        return np.array(ids, np.int32)
+
+    def with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a text that has its special tokens written out, and where in it
+        each begins and ends."""
+        found = self.tokenizer.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int32), np.array(found.offsets).reshape(-1, 2)
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[str, Spans]:
+        """A chat as the model has it, and where in it the assistant speaks.
+
+        **Raises:** `ValueError` if the template does not take it, or writes it so that
+        what the assistant says does not follow on what was there before.
+        """
+        whole, spans = self.render(messages, False), []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.render(messages[:i], True)
+            after = self.render(messages[: i + 1], False)
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise ValueError(
+                    f"the chat template of {self.source} writes message {i + 1} "
+                    "otherwise at the end of a chat than within one; a chat of which "
+                    "the assistant has the last word alone can be learnt from"
+                )
+            spans.append((len(before), len(after)))
+        return whole, spans
+
+    def render(self, messages: Sequence[dict[str, str]], asks: bool) -> str:
+        """**Arguments:**
+
+        - `asks`: whether it is the assistant's turn.
+
+        **Raises:** `ValueError` if there is no template, or it does not take them.
+        """
+        if self.template is None:
+            raise ValueError(
+                f"{self.source} has no chat template, which chats need: put a file "
+                "chat_template.jinja beside tokenizer.json"
+            )
+        return render(self.template, messages, asks, self.special)
+
+    def check(self, vocabulary: int) -> None:
+        """**Raises:** `AdapterError` if the tokens are not those of a model with an
+        embedding of so many rows."""
+        ids = self.tokenizer.get_vocab(with_added_tokens=True).values()
+        most = max([*ids, *self.ends], default=-1)
+        if most >= vocabulary:
+            raise AdapterError(
+                f"The tokenizer of {self.source} does not fit the model: it has tokens "
+                f"up to {most:,}, and the model has embeddings for {vocabulary:,}, the "
+                f"last of which is that of token {vocabulary - 1:,}."
+            )
+
+
+def read_encoder(path: Path) -> Encoder:
+    """That of a folder or of a file `tokenizer.json`, or of a file of llama.cpp.
+
+    **Raises:** `FileNotFoundError`; `AdapterError` if it is none; `ImportError`.
+    """
+    if path.suffix.lower() == ".gguf":
+        return _of_gguf(path, gguf_fields(path))
+    folder, file = (
+        (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
+    )
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"There is no file {file}. Name another by `tokenizer` in [model]."
+        )
+    tokenizers = needs("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as e:  # The package has no error of its own.
+        raise AdapterError(f"{file} is no tokenizer: {e}.") from e
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    config = _json(folder / "tokenizer_config.json")
+    special = {key: _content(x) for key, x in config.items() if key.endswith("_token")}
+    special = {key: x for key, x in special.items() if x is not None}
+    return Encoder(
+        path,
+        tokenizer,
+        _ends(folder, tokenizer, special),
+        _template(folder, config),
+        special,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _content(x: Any) -> str | None:
+    x = x.get("content") if isinstance(x, dict) else x
+    return x if isinstance(x, str) else None
+
+
+def _ends(folder: Path, tokenizer, special: dict[str, str]) -> tuple[int, ...]:
+    """The token that the tokenizer ends a text with, and those that a model may."""
+    found = [tokenizer.token_to_id(special.get("eos_token", ""))]
+    for name in ("generation_config.json", "config.json"):
+        ids = _json(folder / name).get(_EOS)
+        found += ids if isinstance(ids, list) else [ids]
+    return tuple(dict.fromkeys(i for i in found if type(i) is int and i >= 0))
+
+
+def _template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text()
+        except UnicodeDecodeError as e:
+            raise AdapterError(f"{file} is not UTF-8.") from e
+    found = config.get("chat_template")
+    if isinstance(found, list):  # Of several, by name.
+        named = [x for x in found if isinstance(x, dict)]
+        found = next(
+            (x.get("template") for x in named if x.get("name") == "default"), None
+        )
+    return found if isinstance(found, str) else None
+
+
+# llama.cpp.
+
+
+def _of_gguf(path: Path, fields: Fields) -> Encoder:
+    """**Raises:** `AdapterError` for a kind of tokenizer that is not known here."""
+    out = needs("tokenizers")
+    field = lambda name: fields.get(f"tokenizer.ggml.{name}")
+    kind, pre = field("model"), field("pre")
+    splits = {
+        "gpt-2": [],
+        "smollm": [out.pre_tokenizers.Digits(individual_digits=True)],
+    }
+    if kind != "gpt2" or pre not in splits:
+        raise AdapterError(
+            f"{path} has a tokenizer of the kind {kind!r:.40}, {pre!r:.40}; the kind "
+            f"'gpt2' is known here, of {' or '.join(map(repr, splits))}. Name the "
+            "tokenizer.json of the model by `tokenizer` in [model]."
+        )
+    try:
+        words = field("tokens")
+        vocabulary = {word: i for i, word in enumerate(words)}
+        merges = [tuple(pair.split(" ")) for pair in field("merges")]
+        tokenizer = out.Tokenizer(out.models.BPE(vocabulary, merges))
+        control = [w for w, kind in zip(words, field("token_type")) if kind in (3, 4)]
+    except Exception as e:  # As above.
+        raise AdapterError(f"{path} has no tokenizer that can be read: {e}.") from e
+    level = out.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = out.pre_tokenizers.Sequence([*splits[pre], level])
+    tokenizer.decoder = out.decoders.ByteLevel()
+    tokenizer.add_special_tokens(control)
+    eos, bos = field(_EOS), field("bos_token_id")
+    special = {
+        name: words[i]
+        for name, i in (("eos_token", eos), ("bos_token", bos))
+        if type(i) is int and 0 <= i < len(words)
+    }
+    ends = tuple(i for i in (eos,) if type(i) is int)
+    template = fields.get("tokenizer.chat_template")
+    return Encoder(path, tokenizer, ends, template, special)
