@@ -39,7 +39,8 @@ def _parser() -> _Parser:
         "python -m lora_quax",
         description="Adapters on disk: see, compare, convert and merge them. And "
         "language models: train an adapter of one, and see what it writes.",
-        epilog=f"{_ADAPTER} But for finetune and generate. Exit code 2 is trouble, of which stderr says what it is.",
+        epilog=f"{_ADAPTER} For finetune and generate there is to be a model. Exit "
+        "code 2 is trouble, of which stderr says what it is.",
     )
     parser.add_argument(
         "--version", action="version", version=f"lora_quax {__version__}"
@@ -129,9 +130,10 @@ def _parser() -> _Parser:
         "finetune",
         lambda args: finetune(args.config, args.resume),
         "train a LoRA of a language model, as a configuration says",
-        "The model is a folder as on Hugging Face, of an architecture that eqx-zoo has, "
-        "or a Llama in a GGUF file of llama.cpp. The adapter is written as PEFT has it, "
-        "to the folder `adapter` in that of the run. Ctrl-C leaves a checkpoint.",
+        "The model is a folder as on Hugging Face, of an architecture that eqx-zoo "
+        "has, or a Llama in a GGUF file of llama.cpp. The adapter is written as PEFT "
+        "has it, to the folder `adapter` in that of the run. Ctrl-C leaves a "
+        "checkpoint.",
     )
     added.add_argument(
         "config", type=Path, metavar="CONFIG.toml", help="what to train, and how"

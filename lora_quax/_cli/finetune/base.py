@@ -76,7 +76,7 @@ def _of_folder(path: Path, dtype) -> Causal:
         model = needs("eqx_zoo").CausalLM.from_pretrained(path, dtype=dtype)
     except (KeyError, ValueError) as e:
         raise AdapterError(
-            f"{path} is not the model of its config.json: {e.args[0]}."
+            f"{path} is not what its config.json says: {e.args[0]}."
         ) from e
     return _causal(model, config)._replace(source=path)
 

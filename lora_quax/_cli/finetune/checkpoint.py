@@ -1,4 +1,4 @@
-"""A run on disk: checkpoints, each of which is there whole or not at all, and the log."""
+"""A run on disk: its log, and checkpoints that are there whole or not at all."""
 
 import json
 import re

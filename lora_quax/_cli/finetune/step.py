@@ -1,5 +1,6 @@
 """A step: gradients of batches, summed, and the optimiser's update."""
 
+import functools as ft
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Stepper:
         - `one_by_one`: whether a model takes one row after another, as one with experts
             has to.
         """
-        self._update = eqx.filter_jit(lambda *args: _update(optim, *args))
+        self._update = eqx.filter_jit(ft.partial(_update, optim))
         total = lambda model, batch: _total(model, batch, one_by_one)
         self._total = eqx.filter_jit(total)
 

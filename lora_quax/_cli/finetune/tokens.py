@@ -1,6 +1,6 @@
 """From texts and chats to tokens and back, as a model's own files have it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,9 +101,8 @@ def read_encoder(path: Path) -> Encoder:
     """
     if path.suffix.lower() == ".gguf":
         return _of_gguf(path, gguf_fields(path))
-    folder, file = (
-        (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
-    )
+    folder = path if path.is_dir() else path.parent
+    file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no file {file}. Name another by `tokenizer` in [model]."
@@ -167,7 +166,7 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 def _of_gguf(path: Path, fields: Fields) -> Encoder:
     """**Raises:** `AdapterError` for a kind of tokenizer that is not known here."""
     out = needs("tokenizers")
-    field = lambda name: fields.get(f"tokenizer.ggml.{name}")
+    field: Callable[[str], Any] = lambda name: fields.get(f"tokenizer.ggml.{name}")
     kind, pre = field("model"), field("pre")
     splits = {
         "gpt-2": [],

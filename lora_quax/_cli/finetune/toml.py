@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from ..._disk.files import refuse
+from ..._disk.files import AdapterError, refuse
 
 
 _T = TypeVar("_T")
@@ -42,12 +42,7 @@ def read_toml(path: Path, kind: type[_T], check: Callable[[_T], Iterable[Wrong]]
     wrong with the lines where it stands.
     """
     text = _text(path)
-    try:
-        found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
-        refuse(f"{path} is no TOML", [str(e)])
-    except RecursionError:
-        refuse(f"{path} is no TOML", ["it is nested too deeply"])
+    found = _parsed(path, text)
     tables, wrong = {}, [*_unknown("", found, kind)]
     for field, hint in _fields(kind):
         table = found.get(field.name, {})
@@ -58,17 +53,14 @@ def read_toml(path: Path, kind: type[_T], check: Callable[[_T], Iterable[Wrong]]
         values, problems = _values(field.name, table, hint, path.parent)
         wrong += problems
         tables[field.name] = None if problems else hint(**values)
-    if not wrong:
-        wrong = [*check(out := kind(**tables))]
-        if not wrong:
-            return out
-    lines = _Lines(text)
-    refuse(
-        f"{path} is no configuration that can be used",
-        [f"{lines(x.table, x.key)}: {x.why}" for x in sorted(wrong, key=lines.order)],
-        in_order=True,
-    )
-    raise AssertionError("not reached")
+    out = None if wrong else kind(**tables)
+    wrong = wrong or [*check(out)]
+    if wrong:
+        lines = _Lines(text)
+        wrong = sorted(wrong, key=lines.order)
+        problems = [f"{lines(x.table, x.key)}: {x.why}" for x in wrong]
+        refuse(f"{path} cannot be used", problems, in_order=True)
+    return out
 
 
 def _text(path: Path) -> str:
@@ -78,13 +70,19 @@ def _text(path: Path) -> str:
         found = file.read(_MOST_BYTES + 1)
     if len(found) > _MOST_BYTES or found.count(b"\n") > _MOST_LINES:
         limit = f"{_MOST_BYTES:,} bytes or {_MOST_LINES:,} lines"
-        refuse(f"{path} is no configuration", [f"it has more than {limit}"])
+        raise AdapterError(f"{path} is no configuration: it has more than {limit}.")
     try:
         return found.decode()
     except UnicodeDecodeError as e:
         line = found.count(b"\n", 0, e.start) + 1
-        refuse(f"{path} is no TOML", [f"line {line}: it is not UTF-8"])
-        raise AssertionError("not reached") from e
+        raise AdapterError(f"{path} is no TOML: line {line} is not UTF-8.") from e
+
+
+def _parsed(path: Path, text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise AdapterError(f"{path} is no TOML: {e}.") from e
 
 
 def _fields(kind: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
