@@ -2,9 +2,9 @@
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +54,7 @@ def save_checkpoint(
         if step < state.step:
             # One that is taken away in part is none.
             (path / _RUN).unlink()
-            shutil.rmtree(path, ignore_errors=True)
+            rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path) -> Found | None:

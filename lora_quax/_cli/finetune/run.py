@@ -19,6 +19,9 @@ from .step import optimiser, schedule, State, Stepper
 from .tokens import Encoder, read_encoder
 
 
+LOG = "log.jsonl"
+
+
 class Sets(NamedTuple):
     train: Encoded
     valid: Encoded | None
@@ -36,7 +39,8 @@ def finetune(path: Path, resume: bool) -> int:
     """
     config = read_config(path)
     folder = config.output.folder
-    if not resume:
+    # Of a run that was killed early there may be no checkpoint yet, but its log.
+    if not (resume and (folder / LOG).is_file()):
         _refuse_a_run(folder)
         refuse_existing(folder)
     for package in ("optax", "tokenizers", "eqx_zoo"):
@@ -135,7 +139,7 @@ def train(config: Config, sets: Sets, base: Causal, resume: bool) -> None:
     `ValueError` if the loss is not finite; as `Run`.
     """
     run, folder = Run(config, sets, base), config.output.folder
-    log = Log(folder / "log.jsonl")
+    log = Log(folder / LOG)
     with report(run.steps) as said:
         _say_what_is_cut(config, sets, said)
         found = newest(folder / "checkpoints") if resume else None

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -119,7 +118,7 @@ def _values(
 
 def _value(x: Any, hint: Any, field: dataclasses.Field, folder: Path) -> Any:
     """**Raises:** `ValueError`, which says what it has to be."""
-    if isinstance(hint, types.UnionType):  # `... | None`, which is to leave it out.
+    if type(None) in typing.get_args(hint):  # `None` is to leave it out.
         return _value(x, typing.get_args(hint)[0], field, folder)
     if typing.get_origin(hint) is Literal:
         if x not in (known := typing.get_args(hint)):
@@ -127,15 +126,12 @@ def _value(x: Any, hint: Any, field: dataclasses.Field, folder: Path) -> Any:
         return x
     if hint in (int, float):
         return _number(x, hint, field)
-    if hint is bool and isinstance(x, bool):
-        return x
     if hint is Path and isinstance(x, str) and x and "\0" not in x:
         return folder / x
     is_list = isinstance(x, list) and x and all(isinstance(y, str) and y for y in x)
     if hint == tuple[str, ...] and is_list:
         return tuple(x)
-    said = {bool: "true or false", Path: "a path", tuple[str, ...]: "a list of names"}
-    raise ValueError(said[hint])
+    raise ValueError("a path" if hint is Path else "a list of names")
 
 
 def _number(x: Any, hint: type, field: dataclasses.Field) -> Any:
