@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from files import bits, listing
+from files import bits, contents, listing
 from finetuned import config, MOMENTS, sets, stand, texts
 
 import lora_quax
@@ -240,7 +240,7 @@ LINES = {
     "nothing": ("{}", "it has nothing, and neither `text` nor `messages`"),
     "both": ('{"text": "a", "messages": []}', "it has both"),
     "no text": ('{"text": 3}', "`text` has to be a text that is not empty: 3"),
-    "an empty text": ('{"text": " "}', "has to be a text that is not empty: ' '"),
+    "an empty text": ('{"text": " "}', "`text` has to be a text that is not empty: "),
     "half a character": (r'{"text": "a\ud800"}', "character 2 of a text is half"),
     "no messages": ('{"messages": []}', "`messages` has to be a list of messages"),
     "no message": ('{"messages": [3]}', "message 1 has no texts `role` and `content`"),
@@ -357,7 +357,7 @@ NOT_LEARNT = {
         CHAT,
         99,
         "{{ [].__class__.__base__ }}",
-        "does not take it: .*unsafe",
+        "line 7: the chat template does not take it: .*unsafe",
     ),
     "a long loop": (
         CHAT,
@@ -443,12 +443,13 @@ def trained(folder, base=None, **fields) -> Run:
 
 
 def test_the_loss_falls(tmp_path):
-    out = Run(config(tmp_path, steps=30), sets(), stand())
+    out = Run(config(tmp_path, steps=30, learning_rate=0.03), sets(), stand())
     before = out.valid()
     while out.state.step < out.steps:
         loss, n = out.step()
         assert np.isfinite(loss) and n > 0
-    assert out.valid() < 0.5 * before
+    after = out.valid()
+    assert before is not None and after is not None and after < 0.5 * before
     # What is frozen is as it was.
     assert eqx.tree_equal(lora_quax.unload(out.state.model), stand().model)
 
@@ -530,7 +531,7 @@ def test_killed_and_resumed_it_is_the_same_bit_for_bit(moment, whole, tmp_path):
     done = subprocess.run([*program, moment], env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     train(config(tmp_path), sets(), stand(), resume=True)
-    assert listing(tmp_path / "run") == listing(whole)
+    assert contents(tmp_path / "run") == contents(whole)
 
 
 def test_an_interrupt_leaves_a_checkpoint(whole, tmp_path, monkeypatch, capsys):
@@ -590,14 +591,14 @@ def test_a_checkpoint_of_another_run_is_refused(case, whole):
 
 
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-    train(config(tmp_path, steps=2), sets(), stand(), resume=False)
+    train(config(tmp_path, steps=2, warmup=0), sets(), stand(), resume=False)
     file = tmp_path / "run/checkpoints/step-00000002/optimiser.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(AdapterError, match="optimiser.safetensors is truncated"):
-        train(config(tmp_path, steps=2), sets(), stand(), resume=True)
+        train(config(tmp_path, steps=2, warmup=0), sets(), stand(), resume=True)
     (file.parent / "run.json").write_text("[")
     with pytest.raises(AdapterError, match="run.json is not JSON"):
-        train(config(tmp_path, steps=2), sets(), stand(), resume=True)
+        train(config(tmp_path, steps=2, warmup=0), sets(), stand(), resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ llama.cpp."""
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import quax
-from files import bits, listing
+from files import bits, contents, listing
 from safetensors.numpy import load_file, save_file
 
 from lora_quax import AdapterError, load_adapter, peft
@@ -25,6 +26,7 @@ from lora_quax.__main__ import main
 from lora_quax._cli.finetune.base import read_base
 from lora_quax._cli.finetune.config import Base
 from lora_quax._cli.finetune.gguf import NAMES
+from lora_quax._cli.finetune.run import finetune
 from lora_quax._cli.finetune.tokens import read_encoder
 
 
@@ -230,7 +232,7 @@ def test_killed_from_outside_it_goes_on_bit_for_bit(whole, model, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.stderr and process.stderr.read()
     assert main(["finetune", str(path), "--resume"]) == 0
-    assert listing(tmp_path / "run") == listing(whole / "run")
+    assert contents(tmp_path / "run") == contents(whole / "run")
 
 
 def test_resuming_with_another_configuration_says_in_what(whole, model, capsys):
@@ -380,8 +382,6 @@ def test_a_folder_that_does_not_fit_is_named(case, model, tmp_path):
     spoil(folder)
     path = configuration(tmp_path, folder)
     with pytest.raises((AdapterError, FileNotFoundError), match=message):
-        from lora_quax._cli.finetune.run import finetune
-
         finetune(path, resume=False)
     assert main(["finetune", str(path)]) == 2
     assert not (tmp_path / "run").exists()
@@ -406,8 +406,6 @@ def test_a_file_of_llama_cpp_that_is_not_known_is_named(case, model, tmp_path, c
     fields, message = FILES[case]
     path = write_gguf(tmp_path / "m.gguf", model, **fields)
     assert main(["finetune", str(configuration(tmp_path, path))]) == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 

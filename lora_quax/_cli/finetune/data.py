@@ -64,7 +64,7 @@ def read_examples(path: Path) -> list[Example]:
 def _example(number: int, line: bytes) -> Example:
     """**Raises:** `ValueError`, which says what is wrong."""
     try:
-        found = parse_json(line.decode())
+        found = parse_json(line.decode().rstrip())
     except UnicodeDecodeError as e:
         raise ValueError("it is not UTF-8") from e
     except json.JSONDecodeError as e:

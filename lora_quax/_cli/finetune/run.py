@@ -39,10 +39,7 @@ def finetune(path: Path, resume: bool) -> int:
     """
     config = read_config(path)
     folder = config.output.folder
-    # Of a run that was killed early there may be no checkpoint yet, but its log.
-    if not (resume and (folder / LOG).is_file()):
-        _refuse_a_run(folder)
-        refuse_existing(folder)
+    _check_folder(folder, resume)
     for package in ("optax", "tokenizers", "eqx_zoo"):
         needs(package)
     encoder = read_encoder(config.model.tokenizer or config.model.path)
@@ -54,12 +51,17 @@ def finetune(path: Path, resume: bool) -> int:
     return 0
 
 
-def _refuse_a_run(folder: Path) -> None:
-    if newest(folder / "checkpoints") is not None:
+def _check_folder(folder: Path, resume: bool) -> None:
+    """**Raises:** `FileExistsError` if it is not that of the run."""
+    # A run that was killed early has no checkpoint yet.
+    is_run = newest(folder / "checkpoints") is not None or (folder / LOG).is_file()
+    if is_run and not resume:
         raise FileExistsError(
             f"{folder} has a run in it. Go on with it by `--resume`, or name another "
             "folder."
         )
+    if not is_run:
+        refuse_existing(folder)
 
 
 def read_sets(config: Config, encoder: Encoder) -> Sets:

@@ -1,6 +1,6 @@
 """From texts and chats to tokens and back, as a model's own files have it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,40 +162,51 @@ def _template(folder: Path, config: dict[str, Any]) -> str | None:
 
 # llama.cpp.
 
+_PRE = ("gpt-2", "smollm")  # What is done before pairs are merged.
+_CONTROL = (3, 4)  # Types of tokens that stand for no text.
+
 
 def _of_gguf(path: Path, fields: Fields) -> Encoder:
     """**Raises:** `AdapterError` for a kind of tokenizer that is not known here."""
-    out = needs("tokenizers")
-    field: Callable[[str], Any] = lambda name: fields.get(f"tokenizer.ggml.{name}")
-    kind, pre = field("model"), field("pre")
-    splits = {
-        "gpt-2": [],
-        "smollm": [out.pre_tokenizers.Digits(individual_digits=True)],
-    }
-    if kind != "gpt2" or pre not in splits:
+
+    def field(name: str, default: Any = None) -> Any:
+        return fields.get(f"tokenizer.ggml.{name}", default)
+
+    if field("model") != "gpt2" or field("pre") not in _PRE:
         raise AdapterError(
-            f"{path} has a tokenizer of the kind {kind!r:.40}, {pre!r:.40}; the kind "
-            f"'gpt2' is known here, of {' or '.join(map(repr, splits))}. Name the "
-            "tokenizer.json of the model by `tokenizer` in [model]."
+            f"{path} has a tokenizer of the kind {field('model')!r:.40}, "
+            f"{field('pre')!r:.40}; the kind 'gpt2' is known here, of "
+            f"{' or '.join(map(repr, _PRE))}. Name the tokenizer.json of the model by "
+            "`tokenizer` in [model]."
         )
-    try:
-        words = field("tokens")
-        vocabulary = {word: i for i, word in enumerate(words)}
-        merges = [tuple(pair.split(" ")) for pair in field("merges")]
-        tokenizer = out.Tokenizer(out.models.BPE(vocabulary, merges))
-        control = [w for w, kind in zip(words, field("token_type")) if kind in (3, 4)]
-    except Exception as e:  # As above.
-        raise AdapterError(f"{path} has no tokenizer that can be read: {e}.") from e
-    level = out.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = out.pre_tokenizers.Sequence([*splits[pre], level])
-    tokenizer.decoder = out.decoders.ByteLevel()
-    tokenizer.add_special_tokens(control)
-    eos, bos = field(_EOS), field("bos_token_id")
-    special = {
-        name: words[i]
-        for name, i in (("eos_token", eos), ("bos_token", bos))
-        if type(i) is int and 0 <= i < len(words)
-    }
-    ends = tuple(i for i in (eos,) if type(i) is int)
+    words, kinds = field("tokens", []), field("token_type", [])
+    tokenizer = _pairs(path, words, field("merges", []), field("pre") == "smollm")
+    tokenizer.add_special_tokens([w for w, k in zip(words, kinds) if k in _CONTROL])
+    ids = {"eos_token": field(_EOS), "bos_token": field("bos_token_id")}
+    ids = {k: i for k, i in ids.items() if type(i) is int and 0 <= i < len(words)}
+    special = {name: words[i] for name, i in ids.items()}
+    ends = (ids["eos_token"],) if "eos_token" in ids else ()
     template = fields.get("tokenizer.chat_template")
     return Encoder(path, tokenizer, ends, template, special)
+
+
+def _pairs(path: Path, words: list[str], merges: list[str], digits: bool) -> Any:
+    """A tokenizer that merges pairs of bytes.
+
+    **Arguments:**
+
+    - `digits`: whether each digit is a token.
+    """
+    out = needs("tokenizers")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    try:
+        pairs = [tuple(pair.split(" ")) for pair in merges]
+        tokenizer = out.Tokenizer(out.models.BPE(vocabulary, pairs))
+    except Exception as e:  # As above.
+        raise AdapterError(f"{path} has no tokenizer that can be read: {e}.") from e
+    before = out.pre_tokenizers
+    level = before.ByteLevel(add_prefix_space=False)
+    first = [before.Digits(individual_digits=True)] if digits else []
+    tokenizer.pre_tokenizer = before.Sequence([*first, level])
+    tokenizer.decoder = out.decoders.ByteLevel()
+    return tokenizer

@@ -52,14 +52,19 @@ def read_toml(path: Path, kind: type[_T], check: Callable[[_T], Iterable[Wrong]]
         values, problems = _values(field.name, table, hint, path.parent)
         wrong += problems
         tables[field.name] = None if problems else hint(**values)
-    out = None if wrong else kind(**tables)
-    wrong = wrong or [*check(out)]
+    _refuse(path, text, wrong)
+    out = kind(**tables)
+    _refuse(path, text, [*check(out)])
+    return out
+
+
+def _refuse(path: Path, text: str, wrong: list[Wrong]) -> None:
+    """**Raises:** `AdapterError`, if there is anything."""
     if wrong:
         lines = _Lines(text)
         wrong = sorted(wrong, key=lines.order)
         problems = [f"{lines(x.table, x.key)}: {x.why}" for x in wrong]
         refuse(f"{path} cannot be used", problems, in_order=True)
-    return out
 
 
 def _text(path: Path) -> str:
