@@ -98,7 +98,7 @@ MOMENTS = {
     "in writing an optimiser": (checkpoint, "write_tensors", 3),
     "in the first checkpoint": (checkpoint, "save_adapter", 1),
     "in taking one away": (checkpoint, "rmtree", 2),
-    "in writing the adapter": (run, "save", 1),
+    "in writing the adapter": (run, "write_adapter", 2),
 }
 
 

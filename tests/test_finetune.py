@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,17 +72,13 @@ def test_defaults_and_paths(folder):
     assert found.output.folder == folder / "run"
 
 
-def test_what_the_example_says():
-    found = read_config_of_example()
+def test_what_the_example_says(tmp_path):
+    folder = shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (folder / "tiny").mkdir(exist_ok=True)
+    found = read_config(folder / "tiny.toml")
     assert (found.lora.alpha, found.train.learning_rate) == (16.0, 1e-2)
     examples = read_examples(found.data.train)
     assert len(examples) == 16 and {x.text is None for x in examples} == {True, False}
-
-
-def read_config_of_example() -> Config:
-    path = ROOT / "examples" / "tiny.toml"
-    (path.parent / "tiny").mkdir(exist_ok=True)
-    return read_config(path)
 
 
 BAD = {

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PyTree
 
+from ..._arrays.base import is_adapted
 from ..._disk.files import AdapterError, read_json
 from ..._disk.gguf import load_gguf
 from ..._disk.shards import open_model
 from ..._model.loraify import loraify
 from ..._model.quantise import quantise
+from ...peft._save import save
 from .config import Base, is_gguf, Lora
 from .extra import needs
 from .gguf import HEAD, llama_config, NAMES
@@ -64,6 +66,23 @@ def adapt(base: Causal, config: Lora, seed: int) -> PyTree:
     targets = [*config.targets, *frozen]
     key = jr.key(seed)
     return loraify(base.model, config.rank, key, alpha=config.alpha, targets=targets)
+
+
+def write_adapter(folder: Path, model: PyTree, base: Causal) -> None:
+    """Writes what trains as PEFT does.
+
+    **Raises:** `ValueError` for what PEFT has not; `OSError`.
+    """
+    # An embedding that is the head is adapted as both.
+    ties = not base.has_head and is_adapted(model.model.embed_tokens.weight)
+    save(
+        folder,
+        model,
+        names=base.names,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.source and str(base.source.resolve()),
+        ensure_weight_tying=True if ties else None,
+    )
 
 
 def _of_folder(path: Path, dtype) -> Causal:

@@ -25,7 +25,8 @@ from ..._model.paths import dotted, named
 from .step import State
 
 
-_NAME = re.compile(r"step-(\d{8})")
+_BEGINNING = "step-"
+_NAME = re.compile(_BEGINNING + r"\d{8}")
 _ADAPTER, _OPTIMISER, _RUN = "adapter.safetensors", "optimiser.safetensors", "run.json"
 
 
@@ -44,26 +45,27 @@ def save_checkpoint(
 
     **Raises:** `ValueError` if a number is not finite; `OSError`.
     """
-    goal = folder / f"step-{state.step:08}"
+    goal = folder / f"{_BEGINNING}{state.step:08}"
     with folder_whole(goal, [_ADAPTER, _OPTIMISER, _RUN]) as (adapter, optimiser, run):
         save_adapter(adapter, state.model)
         tensors = {name: np.asarray(x) for name, x in _leaves(state.opt_state)}
         write_tensors(optimiser, tensors, {})
         run.write_text(json.dumps(about, indent=2) + "\n")
-    for step, path in _checkpoints(folder)[:-keep]:
-        if step < state.step:
+    kept = [*filter(_is_whole, _checkpoints(folder))][-keep:]
+    for path in _checkpoints(folder):
+        if path not in kept and path.name < goal.name:
             # One that is taken away in part is none.
-            (path / _RUN).unlink()
+            (path / _RUN).unlink(missing_ok=True)
             rmtree(path, ignore_errors=True)
 
 
 def newest(folder: Path) -> Found | None:
     """**Raises:** `AdapterError` if what it says cannot be read."""
-    found = _checkpoints(folder)
+    found = [*filter(_is_whole, _checkpoints(folder))]
     if not found:
         return None
-    step, path = found[-1]
-    return Found(path, step, read_json(path / _RUN))
+    step = int(found[-1].name.removeprefix(_BEGINNING))
+    return Found(found[-1], step, read_json(found[-1] / _RUN))
 
 
 def load_checkpoint(found: Found, state: State) -> State:
@@ -101,13 +103,14 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path} was {before!r:.80}, and is {now!r:.80}"
 
 
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    if not folder.is_dir():
-        return []
-    found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    return sorted(
-        (int(m[1]), path) for m, path in found if m and (path / _RUN).is_file()
-    )
+def _checkpoints(folder: Path) -> list[Path]:
+    """In their order, with what is left of those that were taken away in part."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return (checkpoint / _RUN).is_file()
 
 
 def _leaves(opt_state: PyTree) -> list[tuple[str, Any]]:
@@ -120,10 +123,11 @@ class Log:
     def __init__(self, path: Path):
         self._path = path
 
-    def begin(self, step: int) -> None:
-        """Forgets what comes after a step, which is to be done again."""
+    def begin(self, step: int | None) -> None:
+        """Forgets what comes after a step, which is to be done again; or all of it."""
         lines = []
-        for line in self._path.read_text().splitlines() if self._path.is_file() else ():
+        is_there = step is not None and self._path.is_file()
+        for line in self._path.read_text().splitlines() if is_there else ():
             try:
                 if parse_json(line)["step"] > step:
                     break

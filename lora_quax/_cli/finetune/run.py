@@ -1,14 +1,14 @@
 """The command: everything is read and checked, and then the steps are done."""
 
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ... import __version__
 from ..._disk.files import refuse
 from ..._model.training import partition
-from ...peft._save import save
 from ..console import refuse_existing
-from .base import adapt, Causal, read_base
+from .base import adapt, Causal, read_base, write_adapter
 from .batches import batches, Order, padded_length
 from .checkpoint import differences, load_checkpoint, Log, newest, save_checkpoint
 from .config import Config, decides, read_config
@@ -141,6 +141,8 @@ def train(config: Config, sets: Sets, base: Causal, resume: bool) -> None:
     `ValueError` if the loss is not finite; as `Run`.
     """
     run, folder = Run(config, sets, base), config.output.folder
+    with tempfile.TemporaryDirectory() as room:  # What PEFT has not is refused now.
+        write_adapter(Path(room) / "adapter", run.state.model, base)
     log = Log(folder / LOG)
     with report(run.steps) as said:
         _say_what_is_cut(config, sets, said)
@@ -155,21 +157,14 @@ def train(config: Config, sets: Sets, base: Causal, resume: bool) -> None:
                 said.say("Other versions wrote the checkpoint: digits may differ.")
             said.resumed(run.state.step)
         folder.mkdir(parents=True, exist_ok=True)
-        log.begin(run.state.step)
+        log.begin(None if found is None else run.state.step)
         try:
             _steps(run, log, said)
         except KeyboardInterrupt:
             _checkpoint(run)
             said.say(f"stopped after step {run.state.step}; `--resume` goes on")
             raise
-    about = {} if base.source is None else {"base": base.source.resolve()}
-    save(
-        folder / "adapter",
-        run.state.model,
-        names=base.names,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(about["base"]) if about else None,
-    )
+    write_adapter(folder / "adapter", run.state.model, base)
 
 
 def _say_what_is_cut(config: Config, sets: Sets, said: Report) -> None:
