@@ -98,7 +98,6 @@ def write_gguf(path: Path, folder: Path, kind="F32", **other) -> Path:
     writer.add_tokenizer_pre(other.pop("pre", "gpt-2"))
     writer.add_token_list(words)
     writer.add_token_types([3 if word in special else 1 for word in words])
-    writer.add_token_merges(["a b"])  # None is no array in such a file.
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_chat_template(about["chat_template"])
     for key, value in other.items():
@@ -286,6 +285,20 @@ def test_its_blocks_are_a_base(model, tmp_path, capsys):
     adapter = str(tmp_path / "run" / "adapter")
     ask = (PROMPT, "--chat", "--adapter", adapter, "--max-tokens", "3")
     assert said(capsys, gguf_file, *ask)
+
+
+def test_an_embedding_that_is_the_head_is_adapted_as_both(model, tmp_path):
+    path = configuration(tmp_path, model, steps=2)
+    targets = '[lora]\ntargets = ["embed_tokens", "q_proj"]'
+    path.write_text(path.read_text().replace("[lora]", targets))
+    assert main(["finetune", str(path)]) == 0
+    about = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert about["ensure_weight_tying"]
+    base = read_base(Base(model)).model
+    ours = tmp_path / "run/checkpoints/step-00000002/adapter.safetensors"
+    trained, again = load_adapter(ours, base), peft.load(tmp_path / "run/adapter", base)
+    ids = read_encoder(model).prompt(PROMPT)
+    np.testing.assert_array_equal(logits(trained, ids), logits(again, ids))
 
 
 # What does not fit.

@@ -55,13 +55,18 @@ def generate(
     if max_tokens < 1:
         raise ValueError(f"--max-tokens has to be 1 or more: {max_tokens}.")
     sampling.check()
+    is_ours = adapter is not None and not is_peft(adapter)  # Or it is not there.
     for package in ("tokenizers", "eqx_zoo"):
         needs(package)
     encoder = read_encoder(config.tokenizer or config.path)
     ids = _prompt(encoder, prompt, chat, system)
     base = read_base(config)
     encoder.check(base.vocabulary)
-    model = base.model if adapter is None else _adapted(base, adapter)
+    model = base.model
+    if adapter is not None and is_ours:
+        model = load_adapter(adapter, model)
+    elif adapter is not None:
+        model = load(adapter, model, names=base.names)
     stream = needs("tokenizers").decoders.DecodeStream(skip_special_tokens=True)
     for token in tokens(model, base, ids, max_tokens, sampling):
         if token in encoder.ends:
@@ -84,12 +89,6 @@ def _prompt(
     if not len(ids):
         raise ValueError("The prompt has no token to go on from.")
     return ids
-
-
-def _adapted(base: Causal, adapter: Path) -> PyTree:
-    if is_peft(adapter):
-        return load(adapter, base.model, names=base.names)
-    return load_adapter(adapter, base.model)
 
 
 def tokens(
