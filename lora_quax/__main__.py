@@ -10,6 +10,8 @@ from typing import NoReturn
 from . import __version__
 from ._cli.convert import convert
 from ._cli.diff import diff
+from ._cli.finetune.run import finetune
+from ._cli.generate import config_of, generate, Sampling
 from ._cli.inspect import inspect
 from ._cli.merge import merge
 from ._disk.files import legible
@@ -35,8 +37,10 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     parser = _Parser(
         "python -m lora_quax",
-        description="Adapters on disk: see, compare, convert and merge them.",
-        epilog=f"{_ADAPTER} Exit code 2 is trouble, of which stderr says what it is.",
+        description="Adapters on disk: see, compare, convert and merge them. And "
+        "language models: train an adapter of one, and see what it writes.",
+        epilog=f"{_ADAPTER} For finetune and generate there is to be a model. Exit "
+        "code 2 is trouble, of which stderr says what it is.",
     )
     parser.add_argument(
         "--version", action="version", version=f"lora_quax {__version__}"
@@ -121,7 +125,71 @@ def _parser() -> _Parser:
         action="store_true",
         help="what adapts the embedding adapts the head that BASE ties to it",
     )
+
+    added = command(
+        "finetune",
+        lambda args: finetune(args.config, args.resume),
+        "train a LoRA of a language model, as a configuration says",
+        "The model is a folder as on Hugging Face, of an architecture that eqx-zoo "
+        "has, or a Llama in a GGUF file of llama.cpp. The adapter is written as PEFT "
+        "has it, to the folder `adapter` in that of the run. Ctrl-C leaves a "
+        "checkpoint.",
+    )
+    added.add_argument(
+        "config", type=Path, metavar="CONFIG.toml", help="what to train, and how"
+    )
+    added.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint, bit for bit; from the start if there "
+        "is none",
+    )
+
+    added = command(
+        "generate",
+        _generate,
+        "print how a language model goes on, with an adapter or without",
+        "MODEL is as for finetune. The likeliest tokens are taken, unless there is a "
+        "temperature.",
+    )
+    _add_generation(added)
     return parser
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config = config_of(
+        args.model,
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        quantise=args.quantise,
+        tile=args.tile,
+    )
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    return generate(
+        config, args.adapter, prompt, args.max_tokens, sampling, args.chat, args.system
+    )
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, help: str, **options) -> None:
+        parser.add_argument(name, help=help, **options)
+
+    add("model", "a folder, or a file *.gguf", type=Path, metavar="MODEL")
+    add("prompt", "the text to go on from; - reads it from stdin", metavar="PROMPT")
+    add("--adapter", _ADAPTER, type=Path, metavar="PATH")
+    add("--chat", "the prompt is what a user says", action="store_true")
+    add("--system", "with --chat: what the system says before", metavar="TEXT")
+    add("--max-tokens", "by default 100", type=int, default=100, metavar="N")
+    add("--temperature", "by default 0", type=float, default=0.0, metavar="T")
+    add(
+        "--top-p", "of the likeliest tokens alone", type=float, default=1.0, metavar="P"
+    )
+    add("--seed", "of what is drawn", type=int, default=0, metavar="N")
+    add("--tokenizer", "a folder, or a tokenizer.json", type=Path, metavar="PATH")
+    add("--dtype", "of its numbers", choices=("float32", "bfloat16"), default="float32")
+    add("--quantise", "its linear layers", choices=("nf4", "int4", "int8"))
+    add("--tile", "of them, by default 64", type=int, default=64, metavar="N")
 
 
 def _add_names(parser: argparse.ArgumentParser, source: str, goal: str) -> None:
@@ -141,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads has enough. Python would complain of it once more at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, TypeError, ValueError) as e:
+    except (ImportError, OSError, TypeError, ValueError) as e:
         text = legible(str(e), _LONGEST)
         print(f"lora_quax: error: {text}", file=sys.stderr)
         return 2

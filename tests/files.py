@@ -22,6 +22,12 @@ def listing(folder) -> dict[str, bytes | None]:
     return {str(p): p.read_bytes() if p.is_file() else None for p in found}
 
 
+def contents(folder) -> dict[str, bytes | None]:
+    """The same, wherever the folder is."""
+    start = len(str(folder))
+    return {path[start:]: x for path, x in listing(folder).items()}
+
+
 def numbers(tree):
     """An abstract tree with numbers in it, and one with others where it trains.
 

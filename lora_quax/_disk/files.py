@@ -35,9 +35,11 @@ _LONGEST_PROBLEM = 300
 _MOST_PROBLEMS = 50
 
 
-def refuse(what: str, problems: Iterable[str]) -> None:
-    """**Raises:** `AdapterError`, which lists the problems, if there are any."""
-    lines = [legible(problem, _LONGEST_PROBLEM) for problem in sorted(problems)]
+def refuse(what: str, problems: Iterable[str], in_order: bool = False) -> None:
+    """**Raises:** `AdapterError`, which lists the problems, if there are any; sorted,
+    if they come in no order of their own."""
+    problems = problems if in_order else sorted(problems)
+    lines = [legible(problem, _LONGEST_PROBLEM) for problem in problems]
     if len(lines) > _MOST_PROBLEMS:
         rest = f"and {len(lines) - _MOST_PROBLEMS:,} more"
         lines = [*lines[:_MOST_PROBLEMS], rest]
