@@ -17,6 +17,11 @@ from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_ad
 from ._disk.files import AdapterError as AdapterError
 from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
+from ._forms.ia3 import IA3 as IA3
+from ._forms.loha import LoHa as LoHa
+from ._forms.lokr import LoKr as LoKr
+from ._forms.rows import Rows as Rows
+from ._forms.vera import VeRA as VeRA
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
 from ._model.quantise import dequantise as dequantise, quantise as quantise
@@ -39,12 +44,17 @@ __all__ = [
     "AdaptedArray",
     "AdapterError",
     "FullArray",
+    "IA3",
+    "LoHa",
+    "LoKr",
     "LoraArray",
     "LowRankArray",
     "MaterialiseError",
     "QuantisedArray",
+    "Rows",
     "ScaledArray",
     "UnquaxifiedError",
+    "VeRA",
     "dequantise",
     "filter_grad",
     "filter_value_and_grad",
