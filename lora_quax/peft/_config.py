@@ -158,7 +158,13 @@ def read_config(
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. {_what_there_is(folder)}")
-    fields = read_json(path)
+    return config_of(path, read_json(path), ignore)
+
+
+def config_of(
+    path: Path, fields: dict[str, Any], ignore: Collection[str] = ()
+) -> tuple[Config, str | None]:
+    """The same, of fields that have been read."""
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r:.80}."

@@ -21,8 +21,9 @@ from .._model.names import Names, split
 from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
+from ._load_form import form_in, read_form
 from ._places import Place, places_of, wrappers
-from ._read import Factors, PeftAdapter, read
+from ._read import Factors, folder_of, PeftAdapter, read
 from ._tied import without_aliases
 
 
@@ -70,8 +71,12 @@ def load(
     """
     if dtype is not None:
         dtype = check_float_dtype(dtype)
+    folder = folder_of(directory, adapter_name)
+    form = form_in(folder)
     return put_around(
-        read(directory, adapter_name, ignore),
+        read(directory, adapter_name, ignore)
+        if form is None
+        else read_form(form, folder, ignore),
         model,
         names=names,
         transposed=transposed,
@@ -123,8 +128,12 @@ class _Fit:
         try:
             if all(update is None for update in updates.values()):
                 return place.origin if value is None else _full(place, value)
-            delta = self._delta(place, updates)
             base = self._base(place, updates, value)
+            if (other := self.adapter.other) is not None:
+                return other.around(
+                    base, place, updates, self.dtype, self.allow_materialise
+                )
+            delta = self._delta(place, updates)
         except ValueError as e:
             self.problems.append(f"{named(place.path)} cannot be adapted: {e}")
             return place.origin
@@ -154,8 +163,10 @@ class _Fit:
 
     def _update(self, name: str, place: Place) -> Factors | None:
         """The factors of a parameter, if there are any."""
-        config = self.adapter.config
+        config, other = self.adapter.config, self.adapter.other
         module, parameter = split(name)
+        if other is not None and other.is_scaled_bias(name):
+            return self.adapter.updates.get(module)
         if name in self.wrappers:
             module = self.wrappers[name]
         elif parameter != "weight" or module in self.wrappers.values():

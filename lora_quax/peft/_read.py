@@ -1,11 +1,12 @@
 """The files of an adapter of PEFT, read without a model."""
 
+import functools as ft
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,7 @@ class PeftAdapter(NamedTuple):
     updates: dict[str, Factors]  # module -> its factors
     biases: dict[str, np.ndarray]  # module -> the bias of its B
     values: dict[str, np.ndarray]  # parameter -> what it is to be
+    other: Any = None  # of a form that is not LoRA, what there is to it
 
 
 def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
@@ -68,7 +70,7 @@ def read(
             "`lora_quax.save_adapter` wrote is read by `lora_quax.load_adapter`."
         )
     path = folder / FILE
-    config, tensors = _pair(folder, ignore)
+    config, tensors = read_pair(folder, ft.partial(read_config, ignore=ignore))
     if not tensors:
         raise AdapterError(f"{path} holds no tensors.")
     problems = []
@@ -107,13 +109,13 @@ def read(
     return PeftAdapter(path, config, updates, biases, plain)
 
 
-def _pair(
-    folder: Path, ignore: Collection[str]
+def read_pair(
+    folder: Path, configuration: Callable[[Path], tuple[Config, str | None]]
 ) -> tuple[Config, dict[str, np.ndarray]]:
     """The configuration and the tensors, of one writing."""
     path = folder / FILE
     for _ in range(_TRIES):
-        config, mark = read_config(folder, ignore)
+        config, mark = configuration(folder)
         if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{pickled} is a pickle, which can run any code, and is not read. "

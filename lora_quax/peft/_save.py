@@ -4,10 +4,8 @@ import collections
 import json
 import math
 import os
-import re
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxtyping import PyTree
 
@@ -22,12 +20,15 @@ from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
 from . import _config, _read
 from ._consumers import check_consumer, for_consumer, refuse_for
+from ._forms import form_of
 from ._layout import SUFFIXES
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX
+from ._save_form import of_form
+from ._targets import ends_of, most_common, target_modules
 from ._tied import ensured, of_alias
 from ._update import ParameterUpdate, UNCHANGED, updates_of
-from ._whole import has_own_base, modules_of, value_of, Whole, whole
+from ._whole import has_own_base, value_of, Whole, whole
 
 
 def save(
@@ -124,6 +125,20 @@ def save(
     if before is not None:
         refuse_changed(model, before)
     places = places_of(model, names, transposed)
+    form = form_of(places)
+    if form is not None:
+        said = dict(
+            initial=initial,
+            lora_dropout=lora_dropout,
+            fan_in_fan_out=fan_in_fan_out,
+            use_rslora=use_rslora,
+            ensure_weight_tying=ensure_weight_tying,
+        )
+        fields, tensors = of_form(form, places, said, consumer)
+        fields |= dict(
+            base_model_name_or_path=base_model_name_or_path, task_type=task_type
+        )
+        return _write(model, directory, adapter_name, fields, tensors, check_finite)
     updates = _updates(places, initial)
     aliases, tying = ensured(places, ensure_weight_tying, base_model_name_or_path)
     updates |= {
@@ -147,7 +162,7 @@ def save(
     fields = dict(
         peft_type="LORA",
         **_settings(updates, parameters, use_rslora),
-        target_modules=_target_modules(places, updates.keys() - parameters),
+        target_modules=target_modules(places, updates.keys() - parameters),
         target_parameters=_target_parameters(places, parameters),
         modules_to_save=sorted(modules) or None,
         bias=rest.bias,
@@ -175,13 +190,17 @@ def save(
                 module, name = split(x.name)
                 tensors[f"{PREFIX}{module}.{infix}{name}"] = tensors[key]
     refuse_for(consumer, updates, fields, tensors)
+    _write(model, directory, adapter_name, fields, tensors, check_finite)
+
+
+def _write(model, directory, adapter_name: str, fields, tensors, check_finite: bool):
     if check_finite:
         refuse_non_finite(tensors)
     if paths := state_paths(model):
         warnings.warn(
             f"The model has a state, at {paths}, for which the files of PEFT have no "
             "place: what training changed of it is not written.",
-            stacklevel=2,
+            stacklevel=3,
         )
     folder = folder_of(directory, adapter_name)
     fields, mark = _config.marked(fields)
@@ -219,8 +238,8 @@ def _settings(
         key = name if name in parameters else split(name)[0]
         ranks[key] = update.rank
         alphas[key] = _alpha(update, use_rslora)
-    rank, rank_pattern = _most_common(ranks)
-    alpha, alpha_pattern = _most_common(alphas)
+    rank, rank_pattern = most_common(ranks)
+    alpha, alpha_pattern = most_common(alphas)
     return dict(
         r=rank,
         rank_pattern=rank_pattern,
@@ -236,43 +255,16 @@ def _alpha(update: ParameterUpdate, use_rslora: bool) -> int | float:
     return round(alpha) if round(alpha) * root == update.alpha else alpha
 
 
-def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value that most have, and patterns for the names of the others.
-
-    A pattern matches its name alone, so that their order is of no account: PEFT sorts
-    them.
-    """
-    ((common, _),) = collections.Counter(values.values()).most_common(1)
-    others = {name: value for name, value in values.items() if value != common}
-    return common, {f"^{re.escape(name)}": value for name, value in others.items()}
-
-
-def _target_modules(places: list[Place], names: Iterable[str]) -> list[str] | str:
-    """The modules adapted, or a regular expression where their names are the ends of
-    other names as well."""
-    modules = sorted({split(name)[0] for name in names})
-    ends = {end for other in modules_of(places) - set(modules) for end in _ends(other)}
-    if ends & set(modules):
-        return "|".join(map(re.escape, modules))
-    return modules
-
-
 def _target_parameters(places: list[Place], names: list[str]) -> list[str] | None:
     """The parameters adapted one by one."""
     others = {name for place in places for name in place.names.values()} - set(names)
     for other in others:
-        for name in _ends(other) & set(names):
+        for name in ends_of(other) & set(names):
             raise ValueError(
                 f"`{name}` cannot be exchanged with PEFT, which would take it for "
                 f"`{other}` as well, which is not adapted."
             )
     return names or None
-
-
-def _ends(name: str) -> set[str]:
-    """What a name ends in, by whole segments, itself left out."""
-    segments = name.split(".")
-    return {".".join(segments[i:]) for i in range(1, len(segments))}
 
 
 def _factors(updates: dict[str, ParameterUpdate], wrapped: dict[str, str]):
