@@ -71,7 +71,7 @@ class LoHa(AbstractDelta):
         rank = check_rank(rank)
         alpha = check_alpha(alpha, rank)
 
-        def draw(word: int, alpha: float, init_a) -> LowRankArray:
+        def draw(word: int, alpha: float | None, init_a) -> LowRankArray:
             return LowRankArray.init(
                 shape,
                 rank=rank,
@@ -85,7 +85,7 @@ class LoHa(AbstractDelta):
                 allow_materialise=allow_materialise,
             )
 
-        w1, w2 = draw(0, alpha, _init.uniform), draw(1, rank, _init.zeros)
+        w1, w2 = draw(0, alpha, _init.uniform), draw(1, None, _init.zeros)
         return cls(w1, w2, allow_materialise=allow_materialise)
 
     def lower(self) -> LowRankArray:

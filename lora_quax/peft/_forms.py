@@ -50,7 +50,7 @@ class Exchange(NamedTuple):
     """How a form is exchanged."""
 
     cls: type[AdaptedArray]
-    layers: tuple[type, ...]  # beside arrays of no known layer
+    dims: tuple[int, ...]  # of the kernels that it may be of; 0 for linear layers
     suffixes: tuple[str, ...]
     write: Callable[[Any], Written]
     read: Callable[[Tensors, "About"], Any]
@@ -90,21 +90,25 @@ def form_of(places: list[Place]) -> str | None:
 
 def check_layer(form: Exchange, place: Place) -> None:
     """**Raises:** `ValueError` if PEFT has no such form of this weight."""
-    layer = place.leaf.layer[1] if place.leaf.layer else None
-    name = form.cls.__name__
+    layer: Any = place.leaf.layer[1] if place.leaf.layer else None
+    name, is_conv = form.cls.__name__, isinstance(layer, eqx.nn.Conv)
     if place.transposed:
-        raise ValueError(f"it is transposed, and {name} is exchanged as it is")
-    if layer is None:
-        if len(place.shape) != 2:
-            raise ValueError(
-                f"it is of no known layer; PEFT has {name} of layers alone"
-            )
-    elif not isinstance(layer, form.layers):
-        raise ValueError(f"PEFT has no {name} of a {type(layer).__name__}")
-    elif isinstance(layer, eqx.nn.Conv) and layer.padding_mode != "ZEROS":
+        raise ValueError(f"it is `transposed`, which is known for LoRA, not for {name}")
+    if is_conv and layer.padding_mode != "ZEROS":
         raise ValueError(
             f"it is a convolution of padding mode {layer.padding_mode!r}, which PEFT "
             "leaves out of the update"
+        )
+    dims = layer.num_spatial_dims if is_conv else 0
+    is_linear = isinstance(layer, eqx.nn.Linear) or layer is None
+    if dims not in form.dims or not (is_conv or is_linear):
+        kind = "an array of no known layer" if layer is None else type(layer).__name__
+        kind = f"{kind} of {dims} dimensions" if is_conv else kind
+        raise ValueError(f"PEFT has no {name} of {kind}")
+    if len(place.shape) != 2 + dims:
+        raise ValueError(
+            f"without the axes that `{{}}` in its name stands for it has "
+            f"{len(place.shape)} axes, and {2 + dims} are wanted"
         )
 
 
@@ -295,14 +299,13 @@ def _read_ia3(tensors: Tensors, about: About) -> np.ndarray:
     return x.reshape([n if i == axis else 1 for i, n in enumerate(shape)])
 
 
-_LAYERS = eqx.nn.Linear, eqx.nn.Conv1d, eqx.nn.Conv2d
 _LYCORIS = dict(init_weights=True, rank_dropout=0.0, module_dropout=0.0)
 _LYCORIS |= dict(use_effective_conv2d=False)
 
 EXCHANGED = {
     "LOHA": Exchange(
         LoHa,
-        _LAYERS,
+        (0, 1, 2),
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         _write_loha,
         _read_loha,
@@ -310,7 +313,7 @@ EXCHANGED = {
     ),
     "LOKR": Exchange(
         LoKr,
-        _LAYERS,
+        (0, 1, 2),
         (*(f"lokr_w{i}{side}" for i in (1, 2) for side in ("", "_a", "_b")),),
         _write_lokr,
         _read_lokr,
@@ -319,7 +322,7 @@ EXCHANGED = {
     ),
     "VERA": Exchange(
         VeRA,
-        (eqx.nn.Linear,),
+        (0,),
         ("vera_lambda_b", "vera_lambda_d"),
         _write_vera,
         _read_vera,
@@ -335,7 +338,7 @@ EXCHANGED = {
     ),
     "IA3": Exchange(
         IA3,
-        (eqx.nn.Linear, eqx.nn.Conv2d, eqx.nn.Conv3d),
+        (0, 2, 3),
         ("ia3_l",),
         _write_ia3,
         _read_ia3,

@@ -23,7 +23,7 @@ from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
 from ._load_form import form_in, read_form
 from ._places import Place, places_of, wrappers
-from ._read import Factors, folder_of, PeftAdapter, read
+from ._read import Factors, folder_of, Parts, PeftAdapter, read
 from ._tied import without_aliases
 
 
@@ -161,7 +161,7 @@ class _Fit:
             self.used.add(f"{kind} {name}")
         return held.get(name)
 
-    def _update(self, name: str, place: Place) -> Factors | None:
+    def _update(self, name: str, place: Place) -> Factors | Parts | None:
         """The factors of a parameter, if there are any."""
         config, other = self.adapter.config, self.adapter.other
         module, parameter = split(name)
@@ -191,9 +191,7 @@ class _Fit:
             )
         return update
 
-    def _delta(
-        self, place: Place, updates: dict[tuple, Factors | None]
-    ) -> LowRankArray:
+    def _delta(self, place: Place, updates: dict[tuple, Any]) -> LowRankArray:
         """The update of an array, of each of its slices if it is stacked.
 
         **Raises:** `ValueError` if the factors do not fit it.

@@ -20,14 +20,7 @@ from ._config import Config, config_of, FILE as CONFIG
 from ._forms import About, check_layer, Exchange, EXCHANGED, stacked
 from ._patterns import Whole
 from ._places import Place
-from ._read import FILE, PeftAdapter, PREFIX, read_pair
-
-
-class Parts(NamedTuple):
-    """The tensors of one module, as they are in the file."""
-
-    tensors: dict[str, np.ndarray]
-    is_embedding: bool = False
+from ._read import FILE, Parts, PeftAdapter, PREFIX, read_pair
 
 
 class Other(NamedTuple):

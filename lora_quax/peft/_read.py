@@ -32,12 +32,19 @@ class Factors(NamedTuple):
     is_embedding: bool
 
 
+class Parts(NamedTuple):
+    """The tensors of one module, in a form that is not LoRA."""
+
+    tensors: dict[str, np.ndarray]
+    is_embedding: bool = False
+
+
 class PeftAdapter(NamedTuple):
     """What the files hold, by the names of the PyTorch model."""
 
     path: Path
     config: Config
-    updates: dict[str, Factors]  # module -> its factors
+    updates: dict[str, Any]  # module -> its `Factors`, or its `Parts`
     biases: dict[str, np.ndarray]  # module -> the bias of its B
     values: dict[str, np.ndarray]  # parameter -> what it is to be
     other: Any = None  # of a form that is not LoRA, what there is to it

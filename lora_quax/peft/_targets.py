@@ -1,4 +1,4 @@
-"""What a configuration of PEFT says of names: which modules, and what of some differs."""
+"""What a configuration of PEFT says of names: the modules, and what some have else."""
 
 import collections
 import re
