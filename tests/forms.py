@@ -190,7 +190,10 @@ def _dense_lokr(x: LoKr, dense):
 def _dense_rows(x: Rows, dense):
     n = x.indices.ndim - 1
     shape = x.values.shape[:n], (x.n_rows, *x.values.shape[n + 1 :])
-    flat = x.values.reshape(-1, *x.values.shape[n:]), x.indices.reshape(-1, 2)
+    flat = (
+        x.values.reshape(-1, *x.values.shape[n:]),
+        x.indices.reshape(-1, x.indices.shape[-1]),
+    )
     zeros = jnp.zeros(shape[1], x.values.dtype)
     out = [zeros.at[ids].add(values) for values, ids in zip(*flat)]
     return jnp.stack(out).reshape(*shape[0], *shape[1]) if out else zeros[None][:0]

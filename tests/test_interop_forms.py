@@ -244,3 +244,70 @@ def test_from_here_and_back(tmp_path, name):
     again = lora_quax.peft.load(tmp_path, _Twin(_Net()), names=NAMES)
     np.testing.assert_allclose(_run(again), _run(ours), rtol=1e-6, atol=1e-6)
     assert eqx.tree_equal(*(jax.tree.structure(x) for x in (again, ours)))
+
+
+# Rows of an embedding.
+
+
+class _Words(torch.nn.Module):
+    """An embedding and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens = torch.nn.Embedding(11, 6)
+        self.up = torch.nn.Linear(6, 6)
+
+    def forward(self, ids):
+        return torch.tanh(self.up(self.embed_tokens(ids)))
+
+
+class _WordsTwin(eqx.Module):
+    embed_tokens: eqx.nn.Embedding
+    up: eqx.nn.Linear
+
+    def __init__(self, net: _Words):
+        weight = jnp.array(net.embed_tokens.weight.detach().numpy())
+        self.embed_tokens = eqx.nn.Embedding(weight=weight)
+        self.up = _filled(eqx.nn.Linear(6, 6, key=jr.key(0)), net.up)
+
+    def __call__(self, ids):
+        return jnp.tanh(jax.vmap(self.up)(jax.vmap(self.embed_tokens)(ids)))
+
+
+IDS = np.array([0, 3, 9, 3, 10])
+
+
+def _same_tokens(ours, theirs):
+    with torch.no_grad():
+        expected = theirs(torch.tensor(IDS)).numpy()
+        plain = _Words()(torch.tensor(IDS)).numpy()
+    assert np.abs(expected - plain)[[0, 1, 3]].min(-1).max() > 1e-3
+    run = lambda model: quax.quaxify(model)(jnp.array(IDS))
+    np.testing.assert_allclose(run(ours), expected, rtol=1e-5, atol=1e-5)
+    merged = lora_quax.merge(ours).embed_tokens.weight
+    weight = theirs.merge_and_unload().embed_tokens.weight.detach().numpy()
+    np.testing.assert_allclose(merged, weight, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("indices", [[9, 3], {"embed_tokens": [3, 0, 9]}])
+def test_tokens(tmp_path, indices):
+    config = peft.LoraConfig(
+        r=2, target_modules=["up"], trainable_token_indices=indices
+    )
+    theirs = peft.get_peft_model(_Words(), config).eval()
+    _noise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = lora_quax.peft.load(tmp_path, _WordsTwin(_Words()))
+    assert isinstance(ours.embed_tokens.weight.delta, lora_quax.Rows)
+    lora_quax.peft.save(tmp_path / "again", ours)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore")
+        again = peft.PeftModel.from_pretrained(_Words(), str(tmp_path / "again")).eval()
+    _same_tokens(ours, again)
+    _same_tokens(ours, theirs)
+    loaded = lora_quax.peft.load(tmp_path / "again", _WordsTwin(_Words()))
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6),
+        *(eqx.filter(x, eqx.is_array) for x in (loaded, ours)),
+    )

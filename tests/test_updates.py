@@ -34,8 +34,7 @@ class Last(AbstractDelta):
     above: int = eqx.field(static=True)
 
     @classmethod
-    def init(cls, shape, *, dtype, start=0.0, **told):
-        del told
+    def init(cls, shape, *, dtype, start=0.0):
         *_, rows, cols = shape
         row = jnp.full((*shape[:-2], cols), start, dtype)
         return cls(row, rows - 1)

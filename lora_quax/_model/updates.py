@@ -78,12 +78,11 @@ def read_update(update: Any) -> Form:
         raise TypeError(f"An option of `{cls.__name__}.init` is none: {e}.") from e
     _, *rest = signature.parameters.values()
     named = {x.name for x in rest if x.kind is not x.VAR_KEYWORD}
-    everything = len(named) < len(rest)
     for x in rest:
         if x.name in named - {*TOLD, *options} and x.default is x.empty:
             raise TypeError(
                 f"`{cls.__name__}.init` has to be told its `{x.name}`: `update="
                 f"functools.partial({cls.__name__}.init, {x.name}=...)`."
             )
-    takes = {x for x in TOLD if everything or x in named} - options.keys()
+    takes = named.intersection(TOLD) - options.keys()
     return Form(cls, ft.partial(init, **options), frozenset(takes))

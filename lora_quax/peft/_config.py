@@ -71,6 +71,7 @@ class Config:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     ensure_weight_tying: bool = False
+    trainable_token_indices: Any = None  # a list, or one for each module
 
     def rank(self, name: str) -> int:
         """The rank of the update of a module or, for `target_parameters`, an array."""
@@ -291,6 +292,11 @@ def _is_mapping_to(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, dict) and all(map(is_kind, x.values()))
 
 
+def _is_mapping_to_lists(x) -> bool:
+    is_list = _is_list_of(_is_integer)
+    return isinstance(x, dict) and all(map(is_list, x.values()))
+
+
 def _is_text(x) -> bool:
     return isinstance(x, str)
 
@@ -315,6 +321,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "fan_in_fan_out": ("true or false", _is_flag),
     "ensure_weight_tying": ("true or false", _is_flag),
     "bias": ("a string", _is_text),
+    "trainable_token_indices": (
+        "a list of integers, or a mapping to such lists",
+        _any_of(_is_list_of(_is_integer), _is_mapping_to_lists),
+    ),
     "init_lora_weights": ("a string, true or false", _any_of(_is_text, _is_flag)),
     "layers_to_transform": (
         "an integer or a list of integers",

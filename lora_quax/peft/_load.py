@@ -25,6 +25,7 @@ from ._load_form import form_in, read_form
 from ._places import Place, places_of, wrappers
 from ._read import Factors, folder_of, Parts, PeftAdapter, read
 from ._tied import without_aliases
+from ._tokens import with_rows
 
 
 def load(
@@ -125,7 +126,14 @@ class _Fit:
             index: self._update(name, place) for index, name in place.names.items()
         }
         value = self._value(place)
+        rows = self._rows(place)
         try:
+            if rows is not None:
+                if value is not None or any(x is not None for x in updates.values()):
+                    raise ValueError("it has rows that train alone, and is adapted")
+                field = self.adapter.config.trainable_token_indices
+                base = _array(place.origin)
+                return with_rows(base, place, field, rows, self.allow_materialise)
             if all(update is None for update in updates.values()):
                 return place.origin if value is None else _full(place, value)
             base = self._base(place, updates, value)
@@ -147,8 +155,9 @@ class _Fit:
 
     def unused(self) -> list[str]:
         """What nothing in the model asked for."""
-        held = self.adapter.updates, self.adapter.biases, self.adapter.values
-        kinds = "factors", "bias of `lora_B`", "value"
+        x = self.adapter
+        held = x.updates, x.biases, x.values, x.tokens
+        kinds = "factors", "bias of `lora_B`", "value", "rows"
         return [
             f"the {kind} of `{name}` has no place in the model"
             for names, kind in zip(held, kinds)
@@ -250,6 +259,12 @@ class _Fit:
             value = np.stack(slices).reshape(aval_of(place.origin).shape)
         # PEFT saves embeddings that it adapts, changed or not.
         return _unless_equal(place, value)
+
+    def _rows(self, place: Place) -> np.ndarray | None:
+        """What some rows of an embedding are to be, if the files say so."""
+        if not place.is_embedding or [*place.names] != [()]:
+            return None
+        return self._take("rows", self.adapter.tokens, split(place.names[()])[0])
 
     def _pattern_name(self, name: str) -> str:
         """What the patterns for ranks and alphas are matched with."""

@@ -127,7 +127,7 @@ def read_form(name: str, folder: Path, ignore: Collection[str]) -> PeftAdapter:
     refuse(f"The adapter {path} is not sound", problems)
     updates: Any = {module: Parts(x) for module, x in parts.items()}
     other = Other(form, config, shared, given.get("feedforward_modules") or [], {})
-    return PeftAdapter(path, config, updates, {}, values, other)
+    return PeftAdapter(path, config, updates, {}, values, other=other)
 
 
 # What these say does not change what a finished adapter computes.

@@ -17,6 +17,7 @@ from ._config import Config, FILE as CONFIG, MARK, read_config
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
 _TRIES, _PAUSE = 50, 0.01
 _UPDATE = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))",
@@ -47,6 +48,7 @@ class PeftAdapter(NamedTuple):
     updates: dict[str, Any]  # module -> its `Factors`, or its `Parts`
     biases: dict[str, np.ndarray]  # module -> the bias of its B
     values: dict[str, np.ndarray]  # parameter -> what it is to be
+    tokens: dict[str, np.ndarray] = {}  # module -> what some of its rows are to be
     other: Any = None  # of a form that is not LoRA, what there is to it
 
 
@@ -82,7 +84,7 @@ def read(
         raise AdapterError(f"{path} holds no tensors.")
     problems = []
     sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
-    biases, values = {}, {}
+    biases, values, tokens = {}, {}, {}
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key:
@@ -95,6 +97,8 @@ def read(
             sides.setdefault(place, {})[side] = x
         elif name.endswith(".lora_magnitude_vector"):
             problems.append(f"`{key}` is of DoRA, which is not supported")
+        elif name.endswith(f".{TOKENS}"):
+            tokens[name.removesuffix(f".{TOKENS}")] = x
         elif name.endswith(".lora_B.bias"):
             biases[name.removesuffix(".lora_B.bias")] = x
         elif not _is_copy(name, config):
@@ -113,7 +117,7 @@ def read(
     if len(plain) < len(values):
         problems.append("a tensor is there with `base_layer` in its name and without")
     refuse(f"The adapter {path} is not sound", problems)
-    return PeftAdapter(path, config, updates, biases, plain)
+    return PeftAdapter(path, config, updates, biases, plain, tokens)
 
 
 def read_pair(

@@ -23,10 +23,11 @@ from ._consumers import check_consumer, for_consumer, refuse_for
 from ._forms import form_of
 from ._layout import SUFFIXES
 from ._places import Place, places_of, wrappers
-from ._read import folder_of, PREFIX
+from ._read import folder_of, PREFIX, TOKENS
 from ._save_form import of_form
 from ._targets import ends_of, most_common, target_modules
 from ._tied import ensured, of_alias
+from ._tokens import is_rows, write_rows
 from ._update import ParameterUpdate, UNCHANGED, updates_of
 from ._whole import has_own_base, value_of, Whole, whole
 
@@ -139,6 +140,9 @@ def save(
             base_model_name_or_path=base_model_name_or_path, task_type=task_type
         )
         return _write(model, directory, adapter_name, fields, tensors, check_finite)
+    tokens, rows = write_rows(places)
+    if tokens and consumer != "peft":
+        raise ValueError(f"{consumer} takes no adapter of which chosen rows train.")
     updates = _updates(places, initial)
     aliases, tying = ensured(places, ensure_weight_tying, base_model_name_or_path)
     updates |= {
@@ -167,6 +171,7 @@ def save(
         modules_to_save=sorted(modules) or None,
         bias=rest.bias,
         **({"ensure_weight_tying": True} if tying else {}),
+        **({"trainable_token_indices": tokens} if tokens else {}),
         base_model_name_or_path=base_model_name_or_path,
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
@@ -179,6 +184,7 @@ def save(
         use_rslora=use_rslora,
     )
     tensors = _factors(updates, wrapped)
+    tensors |= {f"{PREFIX}{module}.{TOKENS}": x for module, x in rows.items()}
     if initial is not None:  # What it took out of the base is in the updates.
         places = [place for place in places if not _is_update(place)]
     tensors |= _values(places, updates, wrapped, rest, fan_in_fan_out)
@@ -226,7 +232,7 @@ def _updates(places: list[Place], initial: PyTree) -> dict[str, ParameterUpdate]
 def _is_update(place: Place) -> bool:
     """Whether an array has more to it than a value of its own."""
     x = place.leaf.value
-    return is_adapted(x) and not isinstance(x, FullArray)
+    return is_adapted(x) and not isinstance(x, FullArray) and not is_rows(x)
 
 
 def _settings(
