@@ -2,6 +2,7 @@
 them wrote the files."""
 
 import functools as ft
+import json
 import warnings
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ pytest.importorskip("transformers", reason=_reason)
 peft: Any = pytest.importorskip("peft", reason=_reason)
 
 import lora_quax  # noqa: E402
-from lora_quax import Adapt, IA3, LoHa, LoKr, VeRA  # noqa: E402
+from lora_quax import Adapt, AdapterError, IA3, LoHa, LoKr, VeRA  # noqa: E402
 
 
 pytestmark = pytest.mark.slow
@@ -311,3 +312,58 @@ def test_tokens(tmp_path, indices):
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6),
         *(eqx.filter(x, eqx.is_array) for x in (loaded, ours)),
     )
+
+
+# What is refused.
+
+
+def _saved(tmp_path, name, **changed):
+    peft.get_peft_model(_Net(), CASES[name].config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, changed, message",
+    [
+        ("loha", dict(use_effective_conv2d=True), "`use_effective_conv2d` is True"),
+        ("loha", dict(alpha=None), "`alpha` is missing"),
+        ("loha", dict(r=2), "of rank"),
+        ("lokr", dict(target_modules=["up"]), "does not target"),
+        ("ia3", dict(fan_in_fan_out=True), "`fan_in_fan_out` is exchanged for LoRA"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, name, changed, message):
+    path = _saved(tmp_path, name, **changed)
+    with pytest.raises(AdapterError, match=message):
+        lora_quax.peft.load(path, _Twin(_Net()), names=NAMES)
+
+
+def test_vera_without_its_factors_is_refused(tmp_path):
+    config = peft.VeraConfig(r=2, target_modules=["up"], save_projection=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(_Net(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="from a seed"):
+        lora_quax.peft.load(tmp_path, _Twin(_Net()))
+
+
+def test_models_that_are_refused(tmp_path):
+    base, key = _Twin(_Net()), jr.key(0)
+    ia3 = lora_quax.loraify(base, None, key, targets=["up"], update=IA3)
+    mixed = lora_quax.loraify(
+        base, 2, key, targets={"up": True, "down": Adapt(update=LoHa)}
+    )
+    line = ft.partial(lora_quax.loraify, base, 9, key, update=LoKr, targets=["line"])
+    loha = lora_quax.loraify(base, 2, key, update=LoHa)
+    for model, options, message in [
+        (ia3, {}, "scales the bias of a layer"),
+        (mixed, {}, "An adapter of PEFT is of one form"),
+        (line(), {}, "`w2` is a plain array"),
+        (loha, dict(use_rslora=True), "`use_rslora` is for LoRA"),
+        (loha, dict(consumer="vllm"), "vllm takes LoRA"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            lora_quax.peft.save(tmp_path / "none", model, names=NAMES, **options)
+    assert not (tmp_path / "none").exists()

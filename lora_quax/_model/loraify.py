@@ -197,7 +197,7 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> _Pla
     alpha = defaults.alpha if spec.alpha is None else spec.alpha
     dtype = spec.dtype if spec.dtype is not None else defaults.dtype
     rows, cols = leaf.axes
-    known = dict(
+    known: dict[str, Any] = dict(
         init_a=_init_a(spec) or _init_a(defaults) or _layer_init_a(leaf),
         init_b=spec.init_b or defaults.init_b or init.zeros,
         dtype=default_dtype(aval) if dtype is None else check_factor_dtype(dtype),

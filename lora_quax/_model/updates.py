@@ -60,7 +60,8 @@ class Form(NamedTuple):
 
 def read_update(update: Any) -> Form:
     """**Raises:** `TypeError` if it is no form, or has no such option, or lacks one."""
-    init, options = getattr(update, "init", None), {}
+    init: Any = getattr(update, "init", None)
+    options: Mapping[str, Any] = {}
     if isinstance(update, ft.partial) and not update.args:
         init, options = update.func, update.keywords
     cls = getattr(init, "__self__", None)

@@ -148,11 +148,19 @@ def _write_loha(x: LoHa) -> Written:
     return Written(tensors, x.w1.rank, x.w1.scaling * x.w2.scaling * x.w1.rank)
 
 
+def _refuse_rank(w: Any, rank: int) -> None:
+    if isinstance(w, LowRankArray) and w.rank != rank:
+        raise ValueError(f"its tensors are of rank {w.rank}, and not {rank}")
+
+
 def _read_loha(tensors: Tensors, about: About) -> LoHa:
     cols = about.shape[1:]
     pair = [(tensors[f"hada_w{i}_b"], tensors[f"hada_w{i}_a"]) for i in (1, 2)]
     w1 = _low_rank(*pair[0], cols, about.alpha / about.rank)
-    return make(LoHa, w1=w1, w2=_low_rank(*pair[1], cols), allow_materialise=False)
+    w2 = _low_rank(*pair[1], cols)
+    for w in (w1, w2):
+        _refuse_rank(w, about.rank)
+    return make(LoHa, w1=w1, w2=w2, allow_materialise=False)
 
 
 # LoKr.
@@ -188,6 +196,8 @@ def _read_lokr(tensors: Tensors, about: About) -> LoKr:
         size = a.shape[-1] // math.prod(cols)
         parts.append(_low_rank(a, b, (size, *cols)))
     w1, w2 = parts
+    for w in parts:
+        _refuse_rank(w, about.rank)
     fields = dict(rows=1, cols=len(shape) - 1, w1=w1, w2=w2, allow_materialise=False)
     return make(LoKr, rank=about.rank, alpha=about.alpha, **fields)
 

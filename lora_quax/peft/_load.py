@@ -47,7 +47,8 @@ def load(
     ```
 
     Low-rank updates of linear layers, embeddings, convolutions and single parameters
-    become `LoraArray`s; modules saved whole, and biases, become `FullArray`s.
+    become `LoraArray`s; modules saved whole, and biases, become `FullArray`s. Adapters
+    of LoHa, LoKr, VeRA and IA³ become these.
 
     **Arguments:**
 

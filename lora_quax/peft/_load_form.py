@@ -156,6 +156,12 @@ def _config(form: Exchange, ignore, given: dict[str, Any], folder: Path):
     out.pop("feedforward_modules", None)
     if "fan_in_fan_out" in fields and fields["fan_in_fan_out"]:
         raise AdapterError(f"{path}: `fan_in_fan_out` is exchanged for LoRA alone.")
+    for name in ("r", "alpha") if form.ranked else ():
+        if fields.get(name) is None:
+            raise AdapterError(
+                f"{path}: `{name}` is missing. PEFT would take a default, which may "
+                "not be what the adapter was trained with."
+            )
     if form.ranked:
         out["lora_alpha"] = out.pop("alpha", None)
     elif form.cls is IA3:

@@ -61,7 +61,8 @@ def save(
     model = peft.PeftModel.from_pretrained(torch_model, "my-adapter")
     ```
 
-    Low-rank updates are written as such. An array trained in full is written with the
+    Low-rank updates are written as such, and those of LoHa, LoKr, VeRA and IA³ as these;
+    an adapter is of one form. `Rows` of an embedding are written beside LoRA. An array trained in full is written with the
     module that it is part of, among `modules_to_save`; a bias alone by PEFT's modes
     `bias="lora_only"` or `"all"`. In these an array that was not trained is written as
     it is. Each tensor has the dtype that it has in the model.
@@ -219,13 +220,16 @@ def _write(model, directory, adapter_name: str, fields, tensors, check_finite: b
 def _updates(places: list[Place], initial: PyTree) -> dict[str, ParameterUpdate]:
     """All updates, by the parameter that they are of."""
     first = {leaf.path: leaf.value for leaf in leaves_of(initial)}
-    out = {}
+    out, rows = {}, any(is_rows(place.leaf.value) for place in places)
     for place in places:
         if _is_update(place):
             start = UNCHANGED if initial is None else first.get(place.path)
             out |= updates_of(place, start)
     if not out:
-        raise ValueError("The model has no low-rank update that could be written.")
+        beside = " Rows of an embedding PEFT trains beside one." if rows else ""
+        raise ValueError(
+            f"The model has no low-rank update that could be written.{beside}"
+        )
     return out
 
 
