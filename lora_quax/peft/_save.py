@@ -61,9 +61,9 @@ def save(
     model = peft.PeftModel.from_pretrained(torch_model, "my-adapter")
     ```
 
-    Low-rank updates are written as such, and those of LoHa, LoKr, VeRA and IA³ as these;
-    an adapter is of one form. `Rows` of an embedding are written beside LoRA. An array trained in full is written with the
-    module that it is part of, among `modules_to_save`; a bias alone by PEFT's modes
+    Low-rank updates are written as such, and those of LoHa, LoKr, VeRA and IA³ as
+    these; an adapter is of one form. `Rows` of an embedding are written beside LoRA. An
+    array trained in full is written with the module that it is part of, among `modules_to_save`; a bias alone by PEFT's modes
     `bias="lora_only"` or `"all"`. In these an array that was not trained is written as
     it is. Each tensor has the dtype that it has in the model.
 
