@@ -18,6 +18,11 @@ from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_ad
 from ._disk.files import AdapterError as AdapterError
 from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
+from ._forms.ia3 import IA3 as IA3
+from ._forms.loha import LoHa as LoHa
+from ._forms.lokr import LoKr as LoKr
+from ._forms.rows import Rows as Rows
+from ._forms.vera import VeRA as VeRA
 from ._model.branch import LoraBranch as LoraBranch
 from ._model.dropout import with_dropout_key as with_dropout_key
 from ._model.initialise import initialise as initialise, loftq as loftq
@@ -45,13 +50,18 @@ __all__ = [
     "AdapterError",
     "DropoutArray",
     "FullArray",
+    "IA3",
+    "LoHa",
+    "LoKr",
     "LoraArray",
     "LoraBranch",
     "LowRankArray",
     "MaterialiseError",
     "QuantisedArray",
+    "Rows",
     "ScaledArray",
     "UnquaxifiedError",
+    "VeRA",
     "dequantise",
     "filter_grad",
     "filter_value_and_grad",

@@ -1,4 +1,5 @@
-"""Forms of adaptation that lora_quax has never heard of, each a class of a few lines.
+"""Forms of adaptation: those of lora_quax, and two that it has never heard of, each of
+which is a class of a few lines.
 
 Each comes with a function that makes one of a `LoraArray`, with other factors beside
 those that it has there, and with its oracle: the dense array written out, apart from
@@ -8,7 +9,6 @@ those that it has there, and with its oracle: the dense array written out, apart
 import math
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -16,70 +16,16 @@ from jax import Array, lax
 from lora_quax import (
     AbstractDelta,
     AdaptedArray,
+    IA3,
+    LoHa,
+    LoKr,
     LoraArray,
     LowRankArray,
     role,
+    Rows,
     ScaledArray,
+    VeRA,
 )
-
-
-class Vera(AbstractDelta):
-    """`diag(out) B diag(inner) A`: of factors that stay as they are, two vectors train.
-
-    Kopiczko et al., *VeRA: Vector-based Random Matrix Adaptation*, arXiv 2310.11454.
-    """
-
-    shared: LowRankArray = role("frozen")
-    inner: Array = role("inner")  # (*batch, rank)
-    out: Array = role("out")  # (*batch, *rows)
-
-    def lower(self):
-        w = lax.stop_gradient(self.shared)
-        a = w.a * jnp.expand_dims(self.inner, range(-w.cols, 0))
-        b = w.b * self.out[..., None]
-        return like(self, w, a, b)
-
-
-class LoHa(AbstractDelta):
-    """The product, element by element, of two low-rank arrays: of rank r².
-
-    Hyeon-Woo et al., *FedPara*, arXiv 2108.06098.
-    """
-
-    x: LowRankArray
-    y: LowRankArray
-
-    def lower(self):
-        x, y, n, r = self.x, self.y, self.x.n_batch, self.x.rank * self.y.rank
-        b = x.b[..., :, None] * y.b[..., None, :]
-        a = jnp.expand_dims(x.a, n + 1) * jnp.expand_dims(y.a, n)
-        a = a.reshape(*a.shape[:n], r, *a.shape[n + 2 :])
-        return like(self, x, a, b.reshape(*b.shape[:-2], r), y.scaling)
-
-
-class LoKr(AbstractDelta):
-    """The Kronecker product of a small matrix and a low-rank array, `c ⊗ (b · a)`.
-
-    Of several axes of rows, and of columns, it is taken along the first. Of rank p · r:
-    `Σ_{k,r} δ[p, k] b[o, r] · c[k, q] a[r, i]`.
-
-    Yeh et al., *Navigating Text-To-Image Customization*, arXiv 2309.14859.
-    """
-
-    c: Array = role("c")  # (*batch, p, q)
-    w: LowRankArray = role()
-
-    def lower(self):
-        def factors(c, a, b):
-            (p, q), (r, i, *_), o = c.shape, a.shape, b.shape[0]
-            b = jnp.einsum("pk,o...r->po...kr", jnp.eye(p, dtype=b.dtype), b)
-            a = jnp.einsum("kq,ri...->krqi...", c, a)
-            b = b.reshape(p * o, *b.shape[2:-2], p * r)
-            return a.reshape(p * r, q * i, *a.shape[4:]), b
-
-        for _ in range(self.w.n_batch):
-            factors = jax.vmap(factors)
-        return like(self, self.w, *factors(self.c, self.w.a, self.w.b))
 
 
 class Chosen(AbstractDelta):
@@ -94,24 +40,6 @@ class Chosen(AbstractDelta):
             choose = jax.vmap(choose)
         w = self.updates
         return like(self, w, choose(w.a, self.index), choose(w.b, self.index))
-
-
-class IA3(AdaptedArray):
-    """A frozen weight of which the rows are scaled.
-
-    Liu et al., *Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
-    In-Context Learning*, arXiv 2205.05638.
-    """
-
-    base: Array = role("base")  # (*batch, *rows, *cols)
-    scale: Array = role("scale")  # (*batch, *rows)
-    allow_materialise: bool = eqx.field(static=True, default=False)
-
-    def lower(self):
-        scale = self.scale
-        scale = scale.reshape(*scale.shape, *(1,) * (self.base.ndim - scale.ndim))
-        allow = self.allow_materialise
-        return ScaledArray(self.base, scale, allow_materialise=allow)
 
 
 class ScaledRows(AdaptedArray):
@@ -170,7 +98,7 @@ def _factors(w: LowRankArray, a_shape, b_shape, seed: float) -> LowRankArray:
 def vera(w: LoraArray) -> LoraArray:
     d, n = w.delta, w.delta.n_batch
     inner = _uneven(d.a.shape[: n + 1], d.a.dtype, 1.0)
-    return _with(w, Vera, d, inner, _uneven(d.b.shape[:-1], d.b.dtype, 2.0))
+    return _with(w, VeRA, d, inner, _uneven(d.b.shape[:-1], d.b.dtype, 2.0))
 
 
 def loha(w: LoraArray) -> LoraArray:
@@ -186,8 +114,20 @@ def lokr(w: LoraArray) -> LoraArray:
     batch, (o, *rows) = w.b.shape[:n], w.b.shape[n:-1]
     p, q = _divisor(o), _divisor(i)
     inner = (*batch, r, i // q, *cols), (*batch, o // p, *rows, r)
-    c = _uneven((*batch, p, q), w.a.dtype, 4.0)
-    return _with(w, LoKr, c, _factors(w.delta, *inner, 5.0))
+    small = _uneven((*batch, p, q), w.a.dtype, 4.0)
+    large, d = _factors(w.delta, *inner, 5.0), w.delta
+    return _with(w, LoKr, d.rank, d.alpha, d.rows, d.cols, small, large)
+
+
+def rows(w: LoraArray) -> LoraArray:
+    """The first and the last row. Of several axes of rows none is chosen."""
+    n, d = w.delta.n_batch, w.delta
+    batch, size = w.b.shape[:n], w.b.shape[n]
+    if d.rows != 1 or size < 2:
+        return w
+    values = _uneven((*batch, 2, *w.a.shape[n + 1 :]), w.a.dtype, 9.0)
+    indices = jnp.broadcast_to(jnp.array([size - 1, 0], jnp.int32), (*batch, 2))
+    return _with(w, Rows, size, d.cols, values, indices)
 
 
 def chosen(w: LoraArray) -> LoraArray:
@@ -200,8 +140,9 @@ def chosen(w: LoraArray) -> LoraArray:
 
 def ia3(w: LoraArray) -> IA3:
     scale = _uneven(w.b.shape[:-1], w.b.dtype, 7.0) + 1.5
+    scale = scale.reshape(*scale.shape, *(1,) * w.delta.cols)
     make: Any = IA3  # A type checker takes the policy for a field of every form.
-    return make(w.base, scale, w.allow_materialise)
+    return make(False, True, w.allow_materialise, w.base, scale)
 
 
 def scaled_rows(w: LoraArray) -> ScaledRows:
@@ -213,6 +154,7 @@ FORMS = {
     "vera": vera,
     "loha": loha,
     "lokr": lokr,
+    "rows": rows,
     "chosen": chosen,
     "ia3": ia3,
     "scaled rows": scaled_rows,
@@ -222,26 +164,39 @@ FORMS = {
 # The oracles: functions of the array, and of one for the arrays inside it.
 
 
-def _dense_vera(x: Vera, dense):
+def _dense_vera(x: VeRA, dense):
     w = lax.stop_gradient(x.shared)
     n, r = w.n_batch, w.rank
     batch, rows, cols = w.b.shape[:n], w.b.shape[n:-1], w.a.shape[n + 1 :]
-    out, b = x.out.reshape(*batch, -1), w.b.reshape(*batch, -1, r)
+    out, b = x.lambda_b.reshape(*batch, -1), w.b.reshape(*batch, -1, r)
     a = w.a.reshape(*batch, r, -1)
-    total = jnp.einsum("...o,...or,...r,...ri->...oi", out, b, x.inner, a)
+    total = jnp.einsum("...o,...or,...r,...ri->...oi", out, b, x.lambda_d, a)
     return total.reshape(*batch, *rows, *cols) * (w.alpha / r)
 
 
 def _dense_lokr(x: LoKr, dense):
-    n, w, (p, q) = x.w.n_batch, dense(x.w), x.c.shape[-2:]
+    w1, w2 = dense(x.w1), dense(x.w2)
+    n, (p, q) = w1.ndim - 2, w1.shape[-2:]
     batch, (o, *rows), (i, *cols) = (
-        w.shape[:n],
-        w.shape[n : n + x.w.rows],
-        w.shape[n + x.w.rows :],
+        w2.shape[:n],
+        w2.shape[n : n + x.rows],
+        w2.shape[n + x.rows :],
     )
-    flat = w.reshape(*batch, o, math.prod(rows), i, math.prod(cols))
-    out = jnp.einsum("...pq,...oris->...porqis", x.c, flat)
+    flat = w2.reshape(*batch, o, math.prod(rows), i, math.prod(cols))
+    out = jnp.einsum("...pq,...oris->...porqis", w1, flat) * (x.alpha / x.rank)
     return out.reshape(*batch, p * o, *rows, q * i, *cols)
+
+
+def _dense_rows(x: Rows, dense):
+    n = x.indices.ndim - 1
+    shape = x.values.shape[:n], (x.n_rows, *x.values.shape[n + 1 :])
+    flat = (
+        x.values.reshape(-1, *x.values.shape[n:]),
+        x.indices.reshape(-1, x.indices.shape[-1]),
+    )
+    zeros = jnp.zeros(shape[1], x.values.dtype)
+    out = [zeros.at[ids].add(values) for values, ids in zip(*flat)]
+    return jnp.stack(out).reshape(*shape[0], *shape[1]) if out else zeros[None][:0]
 
 
 def _dense_chosen(x: Chosen, dense):
@@ -260,10 +215,11 @@ def _rows_scaled(w, scale):
 
 
 ORACLES = {
-    Vera: _dense_vera,
-    LoHa: lambda x, dense: dense(x.x) * dense(x.y),
+    VeRA: _dense_vera,
+    LoHa: lambda x, dense: dense(x.w1) * dense(x.w2),
     LoKr: _dense_lokr,
+    Rows: _dense_rows,
     Chosen: _dense_chosen,
-    IA3: lambda x, dense: _rows_scaled(lax.stop_gradient(x.base), x.scale),
+    IA3: lambda x, dense: (lax.stop_gradient(dense(x.base)) * x.scale).astype(x.dtype),
     ScaledRows: lambda x, dense: _rows_scaled(dense(x.w), x.scale),
 }

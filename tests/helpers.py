@@ -452,7 +452,7 @@ def _marks_out(run, eqn, sub, inputs) -> list:
 
 
 # What of an update goes with the rows. All else of it goes with the columns.
-_OF_ROWS = ("b", "out")
+_OF_ROWS = ("b", "lambda_b")
 
 
 def _marks(x):

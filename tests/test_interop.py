@@ -604,11 +604,6 @@ REFUSED = {
         {**_attention, "layer_replication": [[0, 2], [1, 2]]},
         "`layer_replication` is",
     ),
-    "tokens": (
-        twins.llama(),
-        {**_attention, "trainable_token_indices": [1, 2]},
-        "`trainable_token_indices` is",
-    ),
     "gpt2, square whole": (
         twins.gpt2(),
         dict(

@@ -963,7 +963,7 @@ def test_one_error_lists_all_that_is_wrong_in_the_file(sound):
 
 # Fields that are refused, or have to be, and why.
 FIELDS = {
-    "another kind": (dict(peft_type="LOHA"), "`peft_type` must be 'LORA', got 'LOHA'"),
+    "another kind": (dict(peft_type="BOFT"), "`peft_type` must be 'LORA', got 'BOFT'"),
     "DoRA": (dict(use_dora=True), "`use_dora` is True"),
     "a field of the future": (dict(use_x=3), "`use_x` is 3.* not known here"),
     "a rank of text": (dict(r="2"), "`r` must be an integer, got '2'"),

@@ -449,7 +449,7 @@ def test_never_formed(kind, program):
 def test_that_formed_would_see_it():
     fn = lambda w, x: w.dense() @ x
     assert "dot_general" in " ".join(formed(fn, (lora((5, 3)), x(3))))
-    for kind in FORMS:
+    for kind in FORMS.keys() - {"rows"}:  # Of which one factor is no numbers.
         assert formed(fn, (KINDS[kind]((5, 3)), x(3)))
     allowed = lora((5, 3), allow_materialise=True)
     assert formed(quax.quaxify(lambda w, x: jnp.exp(w) @ x), (allowed, x(3)))

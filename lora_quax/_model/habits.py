@@ -16,7 +16,7 @@ _PATTERN = (
 )
 _LAYERS = r'is part of `targets` here: `targets=r"blocks\.[0-3]\..*q_proj"`'
 
-# The fields of `peft.LoraConfig`.
+# The fields of `peft.LoraConfig`, and some of PEFT's other configurations.
 _HERE = {
     "r": _RANK,
     "lora_rank": _RANK,
@@ -53,7 +53,28 @@ _HERE = {
     "`lora_quax.with_dropout_key`",
     "use_dora": "is not here ready-made; a `ScaledArray` around a `LoraArray` is one",
     "lora_bias": "is not here: the bias of a layer trains by `targets`, as `bias` does",
-    "trainable_token_indices": "is not here: rows of an embedding do not train alone",
+    "trainable_token_indices": (
+        "is a form of update here, `lora_quax.Rows`: "
+        '`targets={..., "embed_tokens": Adapt(update=functools.partial('
+        "lora_quax.Rows.init, indices=[...]))}`"
+    ),
+    "decompose_factor": (
+        "is `factor` here, of `update=functools.partial(lora_quax.LoKr.init, factor=8)`"
+    ),
+    "decompose_both": (
+        "is `both` here, of `update=functools.partial(lora_quax.LoKr.init, both=True)`"
+    ),
+    "feedforward_modules": (
+        "is part of `targets` here: "
+        '`targets={"down_proj": Adapt(update=functools.partial(lora_quax.IA3.init, '
+        "feedforward=True))}`"
+    ),
+    "d_initial": (
+        "is an option of `lora_quax.VeRA.init` here: "
+        "`update=functools.partial(lora_quax.VeRA.init, d_initial=0.1)`"
+    ),
+    "projection_prng_key": "is part of `key` here",
+    "save_projection": "is always so here: factors that are shared are written",
     "layer_replication": "is not here: build the model with the layers it is to have",
     "ensure_weight_tying": (
         "is an argument of `lora_quax.peft.save` here; what `eqx.nn.Shared` ties stays "

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import init
-from .._arrays.base import make
+from .._arrays.base import AbstractDelta, AdaptedArray, checked, make, with_base
 from .._arrays.check import (
     aval_of,
     check_alpha,
@@ -33,29 +33,25 @@ from .habits import answers_peft
 from .paths import is_value, Leaf, named, words
 from .select import select
 from .targets import Adapt, Targets
+from .updates import read_update
 
 
 class _Plan(NamedTuple):
-    """All that the factors of a weight depend on, but for the key."""
+    """All that the update of a weight depends on, but for the key."""
 
     shape: tuple[int, ...]
-    rank: int
-    alpha: float
-    init_a: Initialiser
-    init_b: Initialiser
-    dtype: np.dtype
-    rows: int
-    cols: int
-    allow_materialise: bool
+    update: Any  # as it was asked for
+    told: tuple[tuple[str, Any], ...]  # what its `init` is told
     abstract: bool
 
 
 @answers_peft
 def loraify(
     model: PyTree,
-    rank: int,
+    rank: int | None,
     key: PRNGKeyArray | jax.ShapeDtypeStruct,
     *,
+    update: Any = LowRankArray,
     alpha: Any = None,
     targets: Targets | None = None,
     init_a: Initialiser | None = None,
@@ -105,9 +101,13 @@ def loraify(
 
     - `model`: any PyTree. Its arrays may be `jax.ShapeDtypeStruct`s.
     - `rank`: the rank of the updates. It may exceed what a small weight can use;
-        `summary` marks where it does.
+        `summary` marks where it does. `None` for forms of update that have none.
     - `key`: for the initialisers. What a weight gets depends on the key and its path
         alone, so that adapting fewer or more of the others changes nothing.
+    - `update`: the form of the updates: `LowRankArray`, which is LoRA, or `LoHa`,
+        `LoKr`, `VeRA`, `IA3` or `Rows`, or a class of your own that has a classmethod
+        `init`. Options of that are given as
+        `functools.partial(lora_quax.LoKr.init, factor=8)`.
     - `alpha`: the updates are scaled by `alpha / rank`; defaults to the rank of each.
         Not zero.
     - `targets`: which weights: a target, a list of targets or of pairs `(target,
@@ -120,15 +120,18 @@ def loraify(
         `LoraArray`. By default the factor `a` of an `eqx.nn.Embedding` is drawn from a
         standard normal distribution, as PEFT does.
 
-    **Returns:** the model with a `LoraArray` in place of each adapted weight, and a
-    `FullArray` in place of each that trains in full.
+    **Returns:** the model with a `LoraArray` in place of each adapted weight, or what
+    another form of update makes of it, and a `FullArray` in place of each that trains
+    in full.
 
-    **Raises:** `ValueError` or `TypeError` if an argument is not what it should be; if
+    **Raises:** `ValueError` or `TypeError` if an argument is not what it should be, or
+    is one that the form of the updates has not; if
     nothing, or one of the targets, matched nothing; if a selected weight is missing,
     adapted already, a vector, or not a floating-point array.
     """
-    rank = check_rank(rank)
-    check_alpha(alpha, rank)
+    if rank is not None:
+        check_rank(rank)
+    check_alpha(alpha, 1)
     stop_gradient = check_flag("stop_gradient", stop_gradient)
     allow_materialise = check_flag("allow_materialise", allow_materialise)
     if not isinstance(key, jax.ShapeDtypeStruct):
@@ -136,16 +139,21 @@ def loraify(
     defaults = Adapt(
         rank, alpha, init_a, init_b, scale, dtype, dropout=check_dropout(dropout)
     )
+    _refuse_default(update, defaults)
+    policy = dict(stop_gradient=stop_gradient, allow_materialise=allow_materialise)
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     chosen = select(model, targets)
     plans = {
-        i: _plan(leaf, choice.spec, defaults, allow_materialise)
+        i: _plan(leaf, choice.spec, defaults, update, policy)
         for i, (leaf, choice) in enumerate(chosen)
         if choice is not None and isinstance(choice.spec, Adapt)
     }
     if isinstance(key, jax.ShapeDtypeStruct):
         _refuse_concrete(chosen, plans)
-    deltas = _draw_all(plans, words([leaf.path for leaf, _ in chosen]), key)
+    folds = words([leaf.path for leaf, _ in chosen])
+    is_update = {i: read_update(plan.update).is_update for i, plan in plans.items()}
+    deltas = _draw_all({i: x for i, x in plans.items() if is_update[i]}, folds, key)
+    deltas = _shared(plans, deltas, key)
     for i, (leaf, choice) in enumerate(chosen):
         if choice is None or choice.spec == "freeze":
             continue
@@ -158,34 +166,61 @@ def loraify(
                 else FullArray(leaf.value)
             )
             continue
-        concrete, own = isinstance(leaf.value, np.ndarray), choice.spec.dropout
+        concrete = isinstance(leaf.value, np.ndarray)
+        base = jnp.asarray(leaf.value) if concrete else leaf.value
+        own = choice.spec.dropout
+        rate = defaults.dropout if own is None else own
+        if not is_update[i]:
+            if rate:
+                raise ValueError(_no_dropout(leaf, plans[i]))
+            leaves[i] = _around(base, plans[i], folds[i], key)
+            continue
         leaves[i] = unsummed(
-            jnp.asarray(leaf.value) if concrete else leaf.value,
+            base,
             deltas[i],
-            dropout=defaults.dropout if own is None else own,
+            dropout=rate,
             stop_gradient=stop_gradient,
         )
+        if not isinstance(deltas[i], LowRankArray):
+            checked(leaves[i])
     return jax.tree.unflatten(treedef, leaves)
 
 
-def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, allow_materialise: bool) -> _Plan:
+def _refuse_default(update: Any, defaults: Adapt) -> None:
+    given = defaults.of_update
+    if defaults.init_b is init.zeros:  # Most likely nobody has said so.
+        del given["init_b"]
+    read_update(update).refuse(given)
+
+
+def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> _Plan:
     """The spec of a weight, completed: its own, then loraify's, then the layer's."""
     aval = aval_of(leaf.value)
-    rank = check_rank(defaults.rank if spec.rank is None else spec.rank)
+    update = update if spec.update is None else spec.update
+    form = read_update(update)
+    form.refuse(spec.of_update)
+    if not (form.is_update or policy["stop_gradient"] or "stop_gradient" in form.takes):
+        raise ValueError(f"The base of {form.cls.__name__} is always frozen.")
     alpha = defaults.alpha if spec.alpha is None else spec.alpha
     dtype = spec.dtype if spec.dtype is not None else defaults.dtype
     rows, cols = leaf.axes
-    inner = jax.tree.leaves(leaf.value)
-    return _Plan(
-        shape=tuple(aval.shape),
-        rank=rank,
-        alpha=check_alpha(alpha, rank),
+    known: dict[str, Any] = dict(
         init_a=_init_a(spec) or _init_a(defaults) or _layer_init_a(leaf),
         init_b=spec.init_b or defaults.init_b or init.zeros,
         dtype=default_dtype(aval) if dtype is None else check_factor_dtype(dtype),
         rows=spec.rows or rows,
         cols=spec.cols or cols,
-        allow_materialise=allow_materialise,
+        **policy,
+    )
+    if "rank" in form.takes:
+        known["rank"] = check_rank(defaults.rank if spec.rank is None else spec.rank)
+    if "alpha" in form.takes:
+        known["alpha"] = check_alpha(alpha, known.get("rank", 1))
+    inner = jax.tree.leaves(leaf.value)
+    return _Plan(
+        shape=tuple(aval.shape),
+        update=update,
+        told=tuple(form.told(known).items()),
         abstract=any(isinstance(x, jax.ShapeDtypeStruct) for x in inner),
     )
 
@@ -210,7 +245,7 @@ def _layer_init_a(leaf: Leaf) -> Initialiser:
     return init.gaussian(1.0) if is_embedding else init.uniform
 
 
-def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, LowRankArray]:
+def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, AbstractDelta]:
     """The updates of all weights, by number of the leaf, in one compiled call."""
     out = {}
     for abstract in (False, True):
@@ -227,15 +262,13 @@ def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, LowRankArray]:
     return out
 
 
-def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[LowRankArray]]:
+def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[AbstractDelta]]:
     """For each plan, one update per row of words."""
 
     def one(plan: _Plan, word):
-        fields = plan._asdict()
-        del fields["abstract"]
-        for i in range(2):
-            fields["key"] = jr.fold_in(fields.get("key", key), word[i])
-        return LowRankArray.init(**fields)
+        form = read_update(plan.update)
+        told = form.told({**dict(plan.told), "key": _folded(key, word)})
+        return form.init(plan.shape, **told)
 
     out = []
     for plan, rows in zip(plans, words):
@@ -247,6 +280,46 @@ def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[LowRankArray]]:
 
 
 _draw_jit = eqx.filter_jit(_draw)
+
+
+def _folded(key, word):
+    for i in range(2):
+        key = jr.fold_in(key, word[i])
+    return key
+
+
+def _around(base: Any, plan: _Plan, word, key) -> AdaptedArray:
+    """What a form that is no update makes of a weight."""
+    form = read_update(plan.update)
+
+    def run(base, key):
+        told = form.told({**dict(plan.told), "key": _folded(key, word)})
+        return form.init(base, **told)
+
+    out = eqx.filter_eval_shape(run, base, key) if plan.abstract else run(base, key)
+    return checked(with_base(out, base))
+
+
+def _no_dropout(leaf: Leaf, plan: _Plan) -> str:
+    form = read_update(plan.update).cls.__name__
+    return (
+        f"{named(leaf.path)} cannot have dropout: {form} is no update that is given an "
+        "activation. Give `Adapt(dropout=0)` for it."
+    )
+
+
+def _shared(plans: dict[int, _Plan], updates: dict[int, AbstractDelta], key):
+    """Updates of forms that have parts in common, with these."""
+    groups: dict[Any, list[int]] = {}
+    for i in updates:
+        share = getattr(read_update(plans[i].update).cls, "share", None)
+        if share is not None:
+            groups.setdefault((share, plans[i].abstract), []).append(i)
+    out = dict(updates)
+    for (share, abstract), group in groups.items():
+        run = ft.partial(eqx.filter_eval_shape, share) if abstract else share
+        out.update(zip(group, run([updates[i] for i in group], key)))
+    return out
 
 
 def _warn_of_wrapper(leaf: Leaf) -> None:

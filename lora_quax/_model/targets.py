@@ -18,6 +18,7 @@ from .._arrays.check import (
 )
 from ..init import Initialiser
 from .habits import answers_peft
+from .updates import read_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Adapt:
 
     - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`, `dropout`: as for
         `LoraArray`.
+    - `update`: the form of the update, as for `loraify`.
     - `rows`, `cols`: how many axes of the weight are rows, and how many are columns,
         counted from the end; those before them are batch, with separate factors for
         each index. By default that of the layer; one and one for an array outside a
@@ -55,6 +57,7 @@ class Adapt:
     rows: int | None = None
     cols: int | None = None
     dropout: Any = None
+    update: Any = None
 
     def __post_init__(self):
         if self.rank is not None:
@@ -81,6 +84,14 @@ class Adapt:
                 raise TypeError(f"`{name}` must be an integer, got {n!r}.")
             if n is not None and n < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {n!r}.")
+        if self.update is not None:
+            read_update(self.update).refuse(self.of_update)
+
+    @property
+    def of_update(self) -> dict[str, Any]:
+        """What is said of the update, and not every form of one has."""
+        names = "rank", "alpha", "init_a", "init_b", "scale", "dtype"
+        return {name: getattr(self, name) for name in names}
 
 
 setattr(Adapt, "__init__", answers_peft(Adapt.__init__))

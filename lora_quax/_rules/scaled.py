@@ -163,8 +163,10 @@ def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
         s, labels = look_up(s, labels, sizes, indices, numbers, fill=1, **params)
     order = result_labels(w.ndim, indices, numbers)
     s = _spread(s, labels, order)
-    # Of whole matrices some were chosen; else what is looked up is an activation.
-    if is_adapted(out) or sum(isinstance(i, int) for i in order) > 1:
+    # Of whole matrices some were chosen; else what is looked up is an activation. A row
+    # alone is one, too, where its axis is still there.
+    long = [i for i in order if isinstance(i, int) and slice_sizes[i] != 1]
+    if is_adapted(out) or len(long) > 1:
         return replace(w, base=out, scale=s, stopped=True)
     return quax.quaxify(times)(out, s)
 

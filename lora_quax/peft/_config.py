@@ -71,6 +71,7 @@ class Config:
     layers_pattern: list[str] | str | None = None
     ensure_weight_tying: bool = False
     lora_dropout: float = 0.0
+    trainable_token_indices: Any = None  # a list, or one for each module
 
     def rank(self, name: str) -> int:
         """The rank of the update of a module or, for `target_parameters`, an array."""
@@ -158,7 +159,13 @@ def read_config(
     path = folder / FILE
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. {_what_there_is(folder)}")
-    fields = read_json(path)
+    return config_of(path, read_json(path), ignore)
+
+
+def config_of(
+    path: Path, fields: dict[str, Any], ignore: Collection[str] = ()
+) -> tuple[Config, str | None]:
+    """The same, of fields that have been read."""
     if fields.get("peft_type") != "LORA":
         raise AdapterError(
             f"{path}: `peft_type` must be 'LORA', got {fields.get('peft_type')!r:.80}."
@@ -289,6 +296,11 @@ def _is_mapping_to(is_kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: isinstance(x, dict) and all(map(is_kind, x.values()))
 
 
+def _is_mapping_to_lists(x) -> bool:
+    is_list = _is_list_of(_is_integer)
+    return isinstance(x, dict) and all(map(is_list, x.values()))
+
+
 def _is_text(x) -> bool:
     return isinstance(x, str)
 
@@ -314,6 +326,10 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "fan_in_fan_out": ("true or false", _is_flag),
     "ensure_weight_tying": ("true or false", _is_flag),
     "bias": ("a string", _is_text),
+    "trainable_token_indices": (
+        "a list of integers, or a mapping to such lists",
+        _any_of(_is_list_of(_is_integer), _is_mapping_to_lists),
+    ),
     "init_lora_weights": ("a string, true or false", _any_of(_is_text, _is_flag)),
     "layers_to_transform": (
         "an integer or a list of integers",

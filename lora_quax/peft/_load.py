@@ -21,9 +21,11 @@ from .._model.names import Names, split
 from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, reduced
 from ._layout import from_peft, kind_of, peft_shapes
+from ._load_form import form_in, read_form
 from ._places import Place, places_of, wrappers
-from ._read import Factors, PeftAdapter, read
+from ._read import Factors, folder_of, Parts, PeftAdapter, read
 from ._tied import without_aliases
+from ._tokens import with_rows
 
 
 def load(
@@ -45,7 +47,8 @@ def load(
     ```
 
     Low-rank updates of linear layers, embeddings, convolutions and single parameters
-    become `LoraArray`s; modules saved whole, and biases, become `FullArray`s.
+    become `LoraArray`s; modules saved whole, and biases, become `FullArray`s. Adapters
+    of LoHa, LoKr, VeRA and IA³ become these.
 
     **Arguments:**
 
@@ -70,8 +73,12 @@ def load(
     """
     if dtype is not None:
         dtype = check_float_dtype(dtype)
+    folder = folder_of(directory, adapter_name)
+    form = form_in(folder)
     return put_around(
-        read(directory, adapter_name, ignore),
+        read(directory, adapter_name, ignore)
+        if form is None
+        else read_form(form, folder, ignore),
         model,
         names=names,
         transposed=transposed,
@@ -120,11 +127,22 @@ class _Fit:
             index: self._update(name, place) for index, name in place.names.items()
         }
         value = self._value(place)
+        rows = self._rows(place)
         try:
+            if rows is not None:
+                if value is not None or any(x is not None for x in updates.values()):
+                    raise ValueError("it has rows that train alone, and is adapted")
+                field = self.adapter.config.trainable_token_indices
+                base = _array(place.origin)
+                return with_rows(base, place, field, rows, self.allow_materialise)
             if all(update is None for update in updates.values()):
                 return place.origin if value is None else _full(place, value)
-            delta = self._delta(place, updates)
             base = self._base(place, updates, value)
+            if (other := self.adapter.other) is not None:
+                return other.around(
+                    base, place, updates, self.dtype, self.allow_materialise
+                )
+            delta = self._delta(place, updates)
         except ValueError as e:
             self.problems.append(f"{named(place.path)} cannot be adapted: {e}")
             return place.origin
@@ -132,8 +150,9 @@ class _Fit:
 
     def unused(self) -> list[str]:
         """What nothing in the model asked for."""
-        held = self.adapter.updates, self.adapter.biases, self.adapter.values
-        kinds = "factors", "bias of `lora_B`", "value"
+        x = self.adapter
+        held = x.updates, x.biases, x.values, x.tokens
+        kinds = "factors", "bias of `lora_B`", "value", "rows"
         return [
             f"the {kind} of `{name}` has no place in the model"
             for names, kind in zip(held, kinds)
@@ -146,10 +165,12 @@ class _Fit:
             self.used.add(f"{kind} {name}")
         return held.get(name)
 
-    def _update(self, name: str, place: Place) -> Factors | None:
+    def _update(self, name: str, place: Place) -> Factors | Parts | None:
         """The factors of a parameter, if there are any."""
-        config = self.adapter.config
+        config, other = self.adapter.config, self.adapter.other
         module, parameter = split(name)
+        if other is not None and other.is_scaled_bias(name):
+            return self.adapter.updates.get(module)
         if name in self.wrappers:
             module = self.wrappers[name]
         elif parameter != "weight" or module in self.wrappers.values():
@@ -174,9 +195,7 @@ class _Fit:
             )
         return update
 
-    def _delta(
-        self, place: Place, updates: dict[tuple, Factors | None]
-    ) -> LowRankArray:
+    def _delta(self, place: Place, updates: dict[tuple, Any]) -> LowRankArray:
         """The update of an array, of each of its slices if it is stacked.
 
         **Raises:** `ValueError` if the factors do not fit it.
@@ -235,6 +254,12 @@ class _Fit:
             value = np.stack(slices).reshape(aval_of(place.origin).shape)
         # PEFT saves embeddings that it adapts, changed or not.
         return _unless_equal(place, value)
+
+    def _rows(self, place: Place) -> np.ndarray | None:
+        """What some rows of an embedding are to be, if the files say so."""
+        if not place.is_embedding or [*place.names] != [()]:
+            return None
+        return self._take("rows", self.adapter.tokens, split(place.names[()])[0])
 
     def _pattern_name(self, name: str) -> str:
         """What the patterns for ranks and alphas are matched with."""

@@ -1,11 +1,12 @@
 """The files of an adapter of PEFT, read without a model."""
 
+import functools as ft
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from ._config import Config, FILE as CONFIG, MARK, read_config
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+TOKENS = "token_adapter.trainable_tokens_delta"
 _TRIES, _PAUSE = 50, 0.01
 _UPDATE = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))",
@@ -31,14 +33,23 @@ class Factors(NamedTuple):
     is_embedding: bool
 
 
+class Parts(NamedTuple):
+    """The tensors of one module, in a form that is not LoRA."""
+
+    tensors: dict[str, np.ndarray]
+    is_embedding: bool = False
+
+
 class PeftAdapter(NamedTuple):
     """What the files hold, by the names of the PyTorch model."""
 
     path: Path
     config: Config
-    updates: dict[str, Factors]  # module -> its factors
+    updates: dict[str, Any]  # module -> its `Factors`, or its `Parts`
     biases: dict[str, np.ndarray]  # module -> the bias of its B
     values: dict[str, np.ndarray]  # parameter -> what it is to be
+    tokens: dict[str, np.ndarray] = {}  # module -> what some of its rows are to be
+    other: Any = None  # of a form that is not LoRA, what there is to it
 
 
 def folder_of(directory: str | os.PathLike, adapter_name: str) -> Path:
@@ -68,12 +79,12 @@ def read(
             "`lora_quax.save_adapter` wrote is read by `lora_quax.load_adapter`."
         )
     path = folder / FILE
-    config, tensors = _pair(folder, ignore)
+    config, tensors = read_pair(folder, ft.partial(read_config, ignore=ignore))
     if not tensors:
         raise AdapterError(f"{path} holds no tensors.")
     problems = []
     sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
-    biases, values = {}, {}
+    biases, values, tokens = {}, {}, {}
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key:
@@ -86,6 +97,8 @@ def read(
             sides.setdefault(place, {})[side] = x
         elif name.endswith(".lora_magnitude_vector"):
             problems.append(f"`{key}` is of DoRA, which is not supported")
+        elif name.endswith(f".{TOKENS}"):
+            tokens[name.removesuffix(f".{TOKENS}")] = x
         elif name.endswith(".lora_B.bias"):
             biases[name.removesuffix(".lora_B.bias")] = x
         elif not _is_copy(name, config):
@@ -104,16 +117,16 @@ def read(
     if len(plain) < len(values):
         problems.append("a tensor is there with `base_layer` in its name and without")
     refuse(f"The adapter {path} is not sound", problems)
-    return PeftAdapter(path, config, updates, biases, plain)
+    return PeftAdapter(path, config, updates, biases, plain, tokens)
 
 
-def _pair(
-    folder: Path, ignore: Collection[str]
+def read_pair(
+    folder: Path, configuration: Callable[[Path], tuple[Config, str | None]]
 ) -> tuple[Config, dict[str, np.ndarray]]:
     """The configuration and the tensors, of one writing."""
     path = folder / FILE
     for _ in range(_TRIES):
-        config, mark = read_config(folder, ignore)
+        config, mark = configuration(folder)
         if not path.exists() and (pickled := folder / "adapter_model.bin").exists():
             raise AdapterError(
                 f"{pickled} is a pickle, which can run any code, and is not read. "

@@ -4,10 +4,8 @@ import collections
 import json
 import math
 import os
-import re
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxtyping import PyTree
 
@@ -22,12 +20,16 @@ from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
 from . import _config, _read
 from ._consumers import check_consumer, for_consumer, refuse_for
+from ._forms import form_of
 from ._layout import SUFFIXES
 from ._places import Place, places_of, wrappers
-from ._read import folder_of, PREFIX
+from ._read import folder_of, PREFIX, TOKENS
+from ._save_form import of_form
+from ._targets import ends_of, most_common, target_modules
 from ._tied import ensured, of_alias
+from ._tokens import is_rows, write_rows
 from ._update import ParameterUpdate, UNCHANGED, updates_of
-from ._whole import has_own_base, modules_of, value_of, Whole, whole
+from ._whole import has_own_base, value_of, Whole, whole
 
 
 def save(
@@ -59,10 +61,12 @@ def save(
     model = peft.PeftModel.from_pretrained(torch_model, "my-adapter")
     ```
 
-    Low-rank updates are written as such. An array trained in full is written with the
-    module that it is part of, among `modules_to_save`; a bias alone by PEFT's modes
-    `bias="lora_only"` or `"all"`. In these an array that was not trained is written as
-    it is. Each tensor has the dtype that it has in the model.
+    Low-rank updates are written as such, and those of LoHa, LoKr, VeRA and IA³ as
+    these; an adapter is of one form. `Rows` of an embedding are written beside LoRA. An
+    array trained in full is written with the module that it is part of, among
+    `modules_to_save`; a bias alone by PEFT's modes `bias="lora_only"` or `"all"`. In
+    these an array that was not trained is written as it is. Each tensor has the dtype
+    that it has in the model.
 
     A matrix of no known layer is taken for the weight of an `nn.Linear` if its name
     ends in `weight`, and for a parameter of its own (`target_parameters`) otherwise;
@@ -125,6 +129,23 @@ def save(
     if before is not None:
         refuse_changed(model, before)
     places = places_of(model, names, transposed)
+    form = form_of(places)
+    if form is not None:
+        said = dict(
+            initial=initial,
+            lora_dropout=lora_dropout,
+            fan_in_fan_out=fan_in_fan_out,
+            use_rslora=use_rslora,
+            ensure_weight_tying=ensure_weight_tying,
+        )
+        fields, tensors = of_form(form, places, said, consumer)
+        fields |= dict(
+            base_model_name_or_path=base_model_name_or_path, task_type=task_type
+        )
+        return _write(model, directory, adapter_name, fields, tensors, check_finite)
+    tokens, rows = write_rows(places)
+    if tokens and consumer != "peft":
+        raise ValueError(f"{consumer} takes no adapter of which chosen rows train.")
     updates = _updates(places, initial)
     aliases, tying = ensured(places, ensure_weight_tying, base_model_name_or_path)
     updates |= {
@@ -150,11 +171,12 @@ def save(
     fields = dict(
         peft_type="LORA",
         **_settings(updates, parameters, use_rslora),
-        target_modules=_target_modules(places, updates.keys() - parameters),
+        target_modules=target_modules(places, updates.keys() - parameters),
         target_parameters=_target_parameters(places, parameters),
         modules_to_save=sorted(modules) or None,
         bias=rest.bias,
         **({"ensure_weight_tying": True} if tying else {}),
+        **({"trainable_token_indices": tokens} if tokens else {}),
         base_model_name_or_path=base_model_name_or_path,
         fan_in_fan_out=fan_in_fan_out,
         inference_mode=True,
@@ -167,6 +189,7 @@ def save(
         use_rslora=use_rslora,
     )
     tensors = _factors(updates, wrapped)
+    tensors |= {f"{PREFIX}{module}.{TOKENS}": x for module, x in rows.items()}
     if initial is not None:  # What it took out of the base is in the updates.
         places = [place for place in places if not _is_update(place)]
     tensors |= _values(places, updates, wrapped, rest, fan_in_fan_out)
@@ -178,13 +201,17 @@ def save(
                 module, name = split(x.name)
                 tensors[f"{PREFIX}{module}.{infix}{name}"] = tensors[key]
     refuse_for(consumer, updates, fields, tensors)
+    _write(model, directory, adapter_name, fields, tensors, check_finite)
+
+
+def _write(model, directory, adapter_name: str, fields, tensors, check_finite: bool):
     if check_finite:
         refuse_non_finite(tensors)
     if paths := state_paths(model):
         warnings.warn(
             f"The model has a state, at {paths}, for which the files of PEFT have no "
             "place: what training changed of it is not written.",
-            stacklevel=2,
+            stacklevel=3,
         )
     folder = folder_of(directory, adapter_name)
     fields, mark = _config.marked(fields)
@@ -197,20 +224,23 @@ def save(
 def _updates(places: list[Place], initial: PyTree) -> dict[str, ParameterUpdate]:
     """All updates, by the parameter that they are of."""
     first = {leaf.path: leaf.value for leaf in leaves_of(initial)}
-    out = {}
+    out, rows = {}, any(is_rows(place.leaf.value) for place in places)
     for place in places:
         if _is_update(place):
             start = UNCHANGED if initial is None else first.get(place.path)
             out |= updates_of(place, start)
     if not out:
-        raise ValueError("The model has no low-rank update that could be written.")
+        beside = " Rows of an embedding PEFT trains beside one." if rows else ""
+        raise ValueError(
+            f"The model has no low-rank update that could be written.{beside}"
+        )
     return out
 
 
 def _is_update(place: Place) -> bool:
     """Whether an array has more to it than a value of its own."""
     x = place.leaf.value
-    return is_adapted(x) and not isinstance(x, FullArray)
+    return is_adapted(x) and not isinstance(x, FullArray) and not is_rows(x)
 
 
 def _dropout(places: list[Place]) -> float:
@@ -228,8 +258,8 @@ def _settings(
         key = name if name in parameters else split(name)[0]
         ranks[key] = update.rank
         alphas[key] = _alpha(update, use_rslora)
-    rank, rank_pattern = _most_common(ranks)
-    alpha, alpha_pattern = _most_common(alphas)
+    rank, rank_pattern = most_common(ranks)
+    alpha, alpha_pattern = most_common(alphas)
     return dict(
         r=rank,
         rank_pattern=rank_pattern,
@@ -245,43 +275,16 @@ def _alpha(update: ParameterUpdate, use_rslora: bool) -> int | float:
     return round(alpha) if round(alpha) * root == update.alpha else alpha
 
 
-def _most_common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value that most have, and patterns for the names of the others.
-
-    A pattern matches its name alone, so that their order is of no account: PEFT sorts
-    them.
-    """
-    ((common, _),) = collections.Counter(values.values()).most_common(1)
-    others = {name: value for name, value in values.items() if value != common}
-    return common, {f"^{re.escape(name)}": value for name, value in others.items()}
-
-
-def _target_modules(places: list[Place], names: Iterable[str]) -> list[str] | str:
-    """The modules adapted, or a regular expression where their names are the ends of
-    other names as well."""
-    modules = sorted({split(name)[0] for name in names})
-    ends = {end for other in modules_of(places) - set(modules) for end in _ends(other)}
-    if ends & set(modules):
-        return "|".join(map(re.escape, modules))
-    return modules
-
-
 def _target_parameters(places: list[Place], names: list[str]) -> list[str] | None:
     """The parameters adapted one by one."""
     others = {name for place in places for name in place.names.values()} - set(names)
     for other in others:
-        for name in _ends(other) & set(names):
+        for name in ends_of(other) & set(names):
             raise ValueError(
                 f"`{name}` cannot be exchanged with PEFT, which would take it for "
                 f"`{other}` as well, which is not adapted."
             )
     return names or None
-
-
-def _ends(name: str) -> set[str]:
-    """What a name ends in, by whole segments, itself left out."""
-    segments = name.split(".")
-    return {".".join(segments[i:]) for i in range(1, len(segments))}
 
 
 def _factors(updates: dict[str, ParameterUpdate], wrapped: dict[str, str]):
