@@ -17,6 +17,7 @@ from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_ad
 from ._disk.files import AdapterError as AdapterError
 from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
+from ._forms.dora import DoRA as DoRA
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
 from ._model.quantise import dequantise as dequantise, quantise as quantise
@@ -38,6 +39,7 @@ __all__ = [
     "Adapt",
     "AdaptedArray",
     "AdapterError",
+    "DoRA",
     "FullArray",
     "LoraArray",
     "LowRankArray",

@@ -16,6 +16,7 @@ from jax import Array, lax
 from lora_quax import (
     AbstractDelta,
     AdaptedArray,
+    DoRA,
     LoraArray,
     LowRankArray,
     role,
@@ -209,6 +210,10 @@ def scaled_rows(w: LoraArray) -> ScaledRows:
     return make(w, _uneven(w.b.shape[:-1], w.b.dtype, 8.0) + 1.5)
 
 
+def dora(w: LoraArray) -> DoRA:
+    return DoRA.from_parts(w, _uneven(w.b.shape[:-1], w.b.dtype, 9.0) + 1.5)
+
+
 FORMS = {
     "vera": vera,
     "loha": loha,
@@ -216,7 +221,9 @@ FORMS = {
     "chosen": chosen,
     "ia3": ia3,
     "scaled rows": scaled_rows,
+    "dora": dora,
 }
+SCALED = "ia3", "scaled rows", "dora"  # That lower to a `ScaledArray`.
 
 
 # The oracles: functions of the array, and of one for the arrays inside it.
@@ -259,6 +266,15 @@ def _rows_scaled(w, scale):
     return out.astype(w.dtype)
 
 
+def _dense_dora(x: DoRA, dense):
+    w = dense(x.lora)
+    n = x.lora.b.ndim - 1  # The first axis of the columns; of rows there is one.
+    over = range(n, w.ndim) if x.per == "rows" else range(n - 1, n)
+    norm = jnp.sqrt(jnp.square(w).sum(tuple(over), keepdims=True))
+    norm = lax.stop_gradient(norm) if x.detached else norm
+    return (w * x.magnitude.reshape(norm.shape) / norm).astype(w.dtype)
+
+
 ORACLES = {
     Vera: _dense_vera,
     LoHa: lambda x, dense: dense(x.x) * dense(x.y),
@@ -266,4 +282,5 @@ ORACLES = {
     Chosen: _dense_chosen,
     IA3: lambda x, dense: _rows_scaled(lax.stop_gradient(x.base), x.scale),
     ScaledRows: lambda x, dense: _rows_scaled(dense(x.w), x.scale),
+    DoRA: _dense_dora,
 }

@@ -55,8 +55,11 @@ def _filled(w, indices, axis):
     return jnp.take(w, indices, axis, mode="fill", fill_value=2.0)
 
 
+_KINDS = ["lora", "low_rank", "nested", "ia3", "scaled rows", "dora"]
+
+
 @pytest.mark.parametrize("i", [-9, -6, -5, -1, 4, 9])
-@pytest.mark.parametrize("kind", ["lora", "low_rank", "nested", "ia3", "scaled rows"])
+@pytest.mark.parametrize("kind", _KINDS)
 def test_indices_out_of_bounds(kind, i):
     def fn(w, i, s):
         return [program(w, i) * s for program in BOUNDS.values()]
@@ -65,7 +68,7 @@ def test_indices_out_of_bounds(kind, i):
     check(quax.quaxify(fn), fn, args)
 
 
-@pytest.mark.parametrize("kind", ["lora", "low_rank", "nested", "ia3", "scaled rows"])
+@pytest.mark.parametrize("kind", _KINDS)
 def test_a_lookup_along_one_axis_of_a_part_of_another(kind):
     """Of a square, so that the slices of a factor are as large as it is: by no index
     of its own XLA would have its gradient wrong."""

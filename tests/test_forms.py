@@ -17,7 +17,7 @@ import optax
 import pytest
 import quax
 from files import bits
-from forms import Chosen, FORMS, IA3, LoHa, LoKr, ScaledRows, Vera
+from forms import Chosen, FORMS, IA3, LoHa, LoKr, SCALED, ScaledRows, Vera
 from helpers import (
     adapted,
     assert_close,
@@ -117,7 +117,7 @@ REFUSED = {
         ("Q(f)", "filter_custom_vjp of a weight"): _SCALE_OUT,
         ("Q(f)", "error_if of a weight"): _SCALE_OUT,
     }
-    for kind in ("ia3", "scaled rows")
+    for kind in SCALED
 }
 
 
@@ -230,6 +230,7 @@ TRAINS = {
     "chosen": {"a", "b"},
     "ia3": {"scale"},
     "scaled rows": {"a", "b", "scale"},
+    "dora": {"a", "b", "magnitude"},
 }
 
 
@@ -293,7 +294,15 @@ def test_merge_and_unload(model):
     assert bits(merge(model, donate=True)) == bits(merged)
 
 
-RANKS = {"vera": 2, "loha": 4, "lokr": 4, "chosen": 2, "ia3": None, "scaled rows": 2}
+RANKS = {
+    "vera": 2,
+    "loha": 4,
+    "lokr": 4,
+    "chosen": 2,
+    "ia3": None,
+    "scaled rows": 2,
+    "dora": 2,
+}
 
 
 def test_summary(form, model):
@@ -432,8 +441,8 @@ def test_a_program_gives_the_same_structures_eager_and_compiled(kind):
     assert trainable(eager) == trainable(compiled) == trainable(abstract)
     # What is frozen stays frozen. A base that trains is "full".
     trained = {*jax.tree.leaves(labels(args[:2]))}
-    # What a form lowers to has factors.
-    known = trained | {"a", "b", "frozen"}
+    # What a form lowers to has factors, or a scale.
+    known = trained | {"a", "b", "scale", "frozen"}
     assert {*jax.tree.leaves(labels(eager))} <= known
 
 

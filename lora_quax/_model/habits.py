@@ -47,7 +47,6 @@ _HERE = {
         "known"
     ),
     "lora_dropout": "is not here: what the update is given is not dropped out",
-    "use_dora": "is not here ready-made; a `ScaledArray` around a `LoraArray` is one",
     "lora_bias": "is not here: the bias of a layer trains by `targets`, as `bias` does",
     "trainable_token_indices": "is not here: rows of an embedding do not train alone",
     "layer_replication": "is not here: build the model with the layers it is to have",

@@ -4,6 +4,7 @@ import collections
 import functools as ft
 import hashlib
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -29,11 +30,12 @@ from .._arrays.check import (
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
+from .._forms.dora import DoRA
 from ..init import Initialiser
 from .habits import answers_peft
 from .paths import is_value, Leaf, named
 from .select import select
-from .targets import Adapt, Targets
+from .targets import Adapt, check_dora, Targets
 
 
 class _Plan(NamedTuple):
@@ -65,6 +67,7 @@ def loraify(
     dtype: Any = None,
     stop_gradient: bool = True,
     allow_materialise: bool = False,
+    use_dora: bool | Callable[[LoraArray], DoRA] = False,
 ) -> PyTree:
     """Gives weights of a model a low-rank update each. The model is not changed.
 
@@ -117,9 +120,13 @@ def loraify(
     - `init_a`, `init_b`, `scale`, `dtype`, `stop_gradient`, `allow_materialise`: as for
         `LoraArray`. By default the factor `a` of an `eqx.nn.Embedding` is drawn from a
         standard normal distribution, as PEFT does.
+    - `use_dora`: whether the norms of the weights train apart from their directions:
+        `DoRA`, with a magnitude for each row of a weight, and for each column of an
+        `eqx.nn.Embedding`, as PEFT does. Or a function from a `LoraArray` to a
+        `DoRA`, such as `functools.partial(DoRA, per="columns")`.
 
-    **Returns:** the model with a `LoraArray` in place of each adapted weight, and a
-    `FullArray` in place of each that trains in full.
+    **Returns:** the model with a `LoraArray`, or a `DoRA`, in place of each adapted
+    weight, and a `FullArray` in place of each that trains in full.
 
     **Raises:** `ValueError` or `TypeError` if an argument is not what it should be; if
     nothing, or one of the targets, matched nothing; if a selected weight is missing,
@@ -131,7 +138,9 @@ def loraify(
     allow_materialise = check_flag("allow_materialise", allow_materialise)
     if not isinstance(key, jax.ShapeDtypeStruct):
         check_key(key)
-    defaults = Adapt(rank, alpha, init_a, init_b, scale, dtype)
+    defaults = Adapt(
+        rank, alpha, init_a, init_b, scale, dtype, use_dora=check_dora(use_dora)
+    )
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
     chosen = select(model, targets)
     plans = {
@@ -155,13 +164,14 @@ def loraify(
             )
             continue
         concrete = isinstance(leaf.value, np.ndarray)
-        leaves[i] = make(
+        lora = make(
             LoraArray,
             base=jnp.asarray(leaf.value) if concrete else leaf.value,
             delta=deltas[i],
             stop_gradient=stop_gradient,
             stopped=False,
         )
+        leaves[i] = _with_magnitude(lora, leaf, choice.spec, defaults)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -187,6 +197,18 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, allow_materialise: bool) -> 
     )
 
 
+def _with_magnitude(lora: LoraArray, leaf: Leaf, spec: Adapt, defaults: Adapt) -> Any:
+    use = defaults.use_dora if spec.use_dora is None else spec.use_dora
+    if use is True:
+        return DoRA(lora, per="columns" if _is_embedding(leaf) else "rows")
+    if not use:
+        return lora
+    out = use(lora)
+    if not isinstance(out, DoRA):
+        raise TypeError(f"`use_dora` must give a `DoRA`, and {use!r} gave {out!r:.80}.")
+    return out
+
+
 def _refuse_concrete(chosen, plans: dict[int, _Plan]) -> None:
     concrete = [named(chosen[i][0].path) for i in plans if not plans[i].abstract]
     if concrete:
@@ -203,8 +225,11 @@ def _init_a(spec: Adapt) -> Initialiser | None:
 
 
 def _layer_init_a(leaf: Leaf) -> Initialiser:
-    is_embedding = leaf.layer and isinstance(leaf.layer[1], eqx.nn.Embedding)
-    return init.gaussian(1.0) if is_embedding else init.uniform
+    return init.gaussian(1.0) if _is_embedding(leaf) else init.uniform
+
+
+def _is_embedding(leaf: Leaf) -> bool:
+    return leaf.layer is not None and isinstance(leaf.layer[1], eqx.nn.Embedding)
 
 
 def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, LowRankArray]:
