@@ -441,6 +441,8 @@ _FACTORED = [p for p in PROGRAMS if p != _LOOKS_UP_ALL]
 def test_never_formed(kind, program):
     if program in REFUSED.get(kind, {}):
         return
+    if kind == "dora" and program in ("no rows", "one by one"):
+        return  # Of which the norms are as large as the weight.
     fn, args = _case(program, kind)
     joined = program in _JOINS and kind in SCALED
     assert bool(formed(quax.quaxify(fn), args)) == joined

@@ -122,16 +122,9 @@ class DoRA(AdaptedArray):
         return self.lora.alpha
 
     def lower(self) -> ScaledArray:
-        lora = self.lora
-        if self.detached:
-            norms = squared_norms(frozen(lora), self.per)
-        else:  # A base that is decoded, or cast, for them is not kept.
-            norms = jax.checkpoint(squared_norms, static_argnums=1)(lora, self.per)
-        scale = scale_of(self.magnitude, *norms)
-        axes = axes_of(lowered_type(lora.delta), self.per)
         return ScaledArray(
-            lora,
-            jnp.expand_dims(scale, axes),
+            self.lora,
+            _scale(self.lora, self.magnitude, self.per, self.detached),
             stop_gradient=False,
             allow_materialise=self.allow_materialise,
         )
@@ -142,6 +135,17 @@ class DoRA(AdaptedArray):
     def __pdoc__(self, **kwargs):
         leaves = jax.tree.leaves(self.lora, is_leaf=lambda x: x is None)
         return show(self, self.magnitude, *leaves, **kwargs)
+
+
+# Compiled so that weights that are alike are traced, differentiated and lowered once.
+@ft.partial(jax.jit, static_argnames=("per", "detached"))
+def _scale(lora: LoraArray, magnitude: Array, per: Per, detached: bool) -> Array:
+    if detached:
+        norms = squared_norms(frozen(lora), per)
+    else:  # A base that is decoded, or cast, for them is not kept.
+        norms = jax.checkpoint(squared_norms, static_argnums=1)(lora, per)
+    axes = axes_of(lowered_type(lora.delta), per)
+    return jnp.expand_dims(scale_of(magnitude, *norms), axes)
 
 
 def scale_of(magnitude: Array, squares: Array, more: Array) -> Array:

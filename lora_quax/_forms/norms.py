@@ -13,6 +13,7 @@ would by default round their operands: they are thin, and their digits are those
 scale.
 """
 
+import functools as ft
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -74,12 +75,7 @@ def _more(base, update: LowRankArray, axes: Sequence[int], dtype) -> Array:
     (far, far_labels), (near, near_labels) = (a, b) if axes[-1] in a_labels else (b, a)
     batch = [i for i in far_labels if i in near_labels and i != "rank"]
 
-    def product(u, u_labels, v, v_labels):
-        """Its axes are those of `near`."""
-        exact = dict(keep=batch, precision=lax.Precision.HIGHEST)
-        out, found = contract(u, u_labels, v, v_labels, **exact)
-        return out, found
-
+    product = ft.partial(contract, keep=batch, precision=lax.Precision.HIGHEST)
     s = jnp.asarray(update.scaling, dtype)
     turned = ["turned" if i == "rank" else i for i in far_labels]
     gram, gram_labels = product(far, far_labels, far, turned)

@@ -243,8 +243,9 @@ class _Fit:
         if not self.adapter.config.use_dora:
             return None
         wanted = magnitude_shape(_kind_of(place), place.shape, place.transposed)
-        found = {i: None if x is None else x.magnitude for i, x in updates.items()}
-        for index, x in found.items():
+        found = []
+        for index, update in updates.items():
+            x = None if update is None else update.magnitude
             if x is None:
                 raise ValueError(
                     f"with DoRA all layers of a stack have to be adapted, and "
@@ -255,11 +256,11 @@ class _Fit:
                     f"for its shape {place.shape} the magnitudes must have the shape "
                     f"{wanted}; those of `{place.names[index]}` have {x.shape}"
                 )
-        dtype = jnp.dtype(self.dtype or jnp.result_type(*found.values()))
+            found.append(x.ravel())
+        dtype = jnp.dtype(self.dtype or jnp.result_type(*found))
         self.problems += too_wide(f"{place.path}, its magnitudes", dtype)
         lead = aval_of(place.origin).shape[: -len(place.shape)]
-        stacked = np.stack([x.ravel() for x in found.values()])
-        return jnp.asarray(stacked.reshape(*lead, -1), dtype)
+        return jnp.asarray(np.stack(found).reshape(*lead, -1), dtype)
 
     def _base(self, place: Place, updates, value: np.ndarray | None):
         """What the update is added to: a base that an initialisation has reduced, one
