@@ -938,7 +938,7 @@ def test_one_error_lists_all_that_does_not_fit_the_model(sound):
 def _break(tensors) -> None:
     del tensors[f"{PREFIX}a.0.{_A}"], tensors[f"{PREFIX}a.1.{_B}"]
     tensors[f"a.2.{_A}"] = np.zeros(1, np.float32)
-    tensors[f"{PREFIX}a.0.lora_magnitude_vector"] = np.zeros(4, np.float32)
+    tensors[f"{PREFIX}a.2.lora_magnitude_vector"] = np.zeros(4, np.int32)
     tensors[f"{PREFIX}head.lora_B.bias"] = np.zeros(4, np.float32)
     tensors[f"{PREFIX}norm.{_A}"] = np.zeros((2, 4), np.int32)
 
@@ -953,7 +953,8 @@ def test_one_error_lists_all_that_is_wrong_in_the_file(sound):
             "`a.0` has no A",
             "`a.1` has no B",
             f"`a.2.{_A}` does not begin with `{PREFIX}`",
-            f"`{PREFIX}a.0.lora_magnitude_vector` is of DoRA, which is not supported",
+            f"`{PREFIX}a.2.lora_magnitude_vector` is of type int32, no floating point",
+            "`a.2` has magnitudes alone",
             "`head` has a bias alone",
             f"`{PREFIX}norm.{_A}` is of type int32, no floating point",
             "`norm` has no B",
@@ -964,7 +965,7 @@ def test_one_error_lists_all_that_is_wrong_in_the_file(sound):
 # Fields that are refused, or have to be, and why.
 FIELDS = {
     "another kind": (dict(peft_type="LOHA"), "`peft_type` must be 'LORA', got 'LOHA'"),
-    "DoRA": (dict(use_dora=True), "`use_dora` is True"),
+    "DoRA of text": (dict(use_dora="yes"), "`use_dora` must be true or false"),
     "a field of the future": (dict(use_x=3), "`use_x` is 3.* not known here"),
     "a rank of text": (dict(r="2"), "`r` must be an integer, got '2'"),
     "no rank": (dict(r=None), "`r` is missing"),
