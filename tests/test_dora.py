@@ -74,7 +74,7 @@ def _bfloat16(layer):
 
 def _int4(layer):
     w = layer.weight
-    codes = np.random.default_rng(0).integers(-8, 8, w.shape)
+    codes = jnp.asarray(np.random.default_rng(0).integers(-8, 8, w.shape))
     scale = jnp.full((*w.shape[:1], *(1 for _ in w.shape[1:])), 0.01)
     return eqx.tree_at(
         lambda l: l.weight, layer, QuantisedArray(codes, scale, kind="int4")
@@ -96,7 +96,7 @@ def test_a_fresh_one_is_the_identity(layer, base):
     assert model.weight.per == ("columns" if layer == "embedding" else "rows")
     assert model.weight.magnitude.dtype == jnp.float32
     np.testing.assert_array_equal(eqx.filter_jit(lower)(model.weight).scale, 1.0)
-    inputs = jnp.array(3) if shape is None else x(*shape).astype(jnp.float32)
+    inputs = jnp.array(3) if shape is None else x(*shape).astype(model.weight.dtype)
     run = eqx.filter_jit(lambda model: quax.quaxify(model)(inputs))
     lora = loraify(plain, 4, jr.key(1), targets=targets)
     np.testing.assert_array_equal(run(model), run(lora))

@@ -17,9 +17,11 @@ import functools as ft
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from .._arrays.base import dense, densify_or_refuse, is_adapted, lower
@@ -27,7 +29,7 @@ from .._arrays.check import aval_of, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
-from .._arrays.thin_dot import arrange, contract
+from .._arrays.thin_dot import arrange, contract, label_sharding
 
 
 Per: TypeAlias = Literal["rows", "columns"]
@@ -75,7 +77,12 @@ def _more(base, update: LowRankArray, axes: Sequence[int], dtype) -> Array:
     (far, far_labels), (near, near_labels) = (a, b) if axes[-1] in a_labels else (b, a)
     batch = [i for i in far_labels if i in near_labels and i != "rank"]
 
-    product = ft.partial(contract, keep=batch, precision=lax.Precision.HIGHEST)
+    product = ft.partial(
+        contract,
+        keep=batch,
+        precision=lax.Precision.HIGHEST,
+        out_sharding=_as_in(near, near_labels),
+    )
     s = jnp.asarray(update.scaling, dtype)
     turned = ["turned" if i == "rank" else i for i in far_labels]
     gram, gram_labels = product(far, far_labels, far, turned)
@@ -87,3 +94,10 @@ def _more(base, update: LowRankArray, axes: Sequence[int], dtype) -> Array:
         of_base, found = product(wide, labels, far, far_labels)
         total = 2 * s * arrange(of_base, found, near_labels) + total
     return (near * total).sum(near_labels.index("rank"))
+
+
+def _as_in(x: Array, labels):
+    """How a product is sharded that has the axes of `x`, where that has to be said."""
+    sharding = jax.typeof(x).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return label_sharding(sharding if explicit else None, labels)
