@@ -268,8 +268,10 @@ def _rows_scaled(w, scale):
 
 def _dense_dora(x: DoRA, dense):
     w = dense(x.lora)
-    n = x.lora.b.ndim - 1  # The first axis of the columns; of rows there is one.
-    over = range(n, w.ndim) if x.per == "rows" else range(n - 1, n)
+    if x.per == "rows":
+        over = range(x.magnitude.ndim, w.ndim)
+    else:  # Of rows there is one axis.
+        over = [x.lora.b.ndim - 2]
     norm = jnp.sqrt(jnp.square(w).sum(tuple(over), keepdims=True))
     norm = lax.stop_gradient(norm) if x.detached else norm
     return (w * x.magnitude.reshape(norm.shape) / norm).astype(w.dtype)
