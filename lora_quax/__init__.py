@@ -18,6 +18,7 @@ from ._disk.adapter import load_adapter as load_adapter, save_adapter as save_ad
 from ._disk.files import AdapterError as AdapterError
 from ._disk.gguf import load_gguf as load_gguf
 from ._disk.model import load_model as load_model, save_model as save_model
+from ._forms.dora import DoRA as DoRA
 from ._forms.ia3 import IA3 as IA3
 from ._forms.loha import LoHa as LoHa
 from ._forms.lokr import LoKr as LoKr
@@ -48,6 +49,7 @@ __all__ = [
     "Adapt",
     "AdaptedArray",
     "AdapterError",
+    "DoRA",
     "DropoutArray",
     "FullArray",
     "IA3",

@@ -16,6 +16,7 @@ from jax import Array, lax
 from lora_quax import (
     AbstractDelta,
     AdaptedArray,
+    DoRA,
     IA3,
     LoHa,
     LoKr,
@@ -150,6 +151,10 @@ def scaled_rows(w: LoraArray) -> ScaledRows:
     return make(w, _uneven(w.b.shape[:-1], w.b.dtype, 8.0) + 1.5)
 
 
+def dora(w: LoraArray) -> DoRA:
+    return DoRA.from_parts(w, _uneven(w.b.shape[:-1], w.b.dtype, 9.0) + 1.5)
+
+
 FORMS = {
     "vera": vera,
     "loha": loha,
@@ -158,7 +163,9 @@ FORMS = {
     "chosen": chosen,
     "ia3": ia3,
     "scaled rows": scaled_rows,
+    "dora": dora,
 }
+SCALED = "ia3", "scaled rows", "dora"  # That lower to a `ScaledArray`.
 
 
 # The oracles: functions of the array, and of one for the arrays inside it.
@@ -214,6 +221,17 @@ def _rows_scaled(w, scale):
     return out.astype(w.dtype)
 
 
+def _dense_dora(x: DoRA, dense):
+    w = dense(x.lora)
+    if x.per == "rows":
+        over = range(x.magnitude.ndim, w.ndim)
+    else:  # Of rows there is one axis.
+        over = [x.lora.b.ndim - 2]
+    norm = jnp.sqrt(jnp.square(w).sum(tuple(over), keepdims=True))
+    norm = lax.stop_gradient(norm) if x.detached else norm
+    return (w * x.magnitude.reshape(norm.shape) / norm).astype(w.dtype)
+
+
 ORACLES = {
     VeRA: _dense_vera,
     LoHa: lambda x, dense: dense(x.w1) * dense(x.w2),
@@ -222,4 +240,5 @@ ORACLES = {
     Chosen: _dense_chosen,
     IA3: lambda x, dense: (lax.stop_gradient(dense(x.base)) * x.scale).astype(x.dtype),
     ScaledRows: lambda x, dense: _rows_scaled(dense(x.w), x.scale),
+    DoRA: _dense_dora,
 }

@@ -464,6 +464,7 @@ def _marks(x):
         if is_adapted(value):
             out[field.name] = _marks(value)
             continue
+        name = "scale" if name == "magnitude" else name
         if name not in ("base", "scale"):
             name = "b" if name in _OF_ROWS else "a"
         mark = lambda y, name=name: frozenset({name} if eqx.is_inexact_array(y) else {})

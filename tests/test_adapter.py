@@ -477,7 +477,7 @@ DESCRIPTIONS = {
         lambda _, about: about["weights"].update({"layers.0.weight": [1]}),
         ["`layers.0.weight`"],
     ),
-    "an unknown form": (_updated(form="dora"), ["form 'dora' is not known"]),
+    "an unknown form": (_updated(form="loxo"), ["form 'loxo' is not known"]),
     "a form that is no text": (_updated(form=[1]), [r"form \[1\] is not known"]),
     "the form of an array": (_updated(form="array"), ["form 'array' is not known"]),
     "an unknown field": (_updated("delta", x=1), ["'low_rank' has no field 'x'"]),

@@ -169,6 +169,30 @@ def test_there_and_back(targets, dtype, net, tmp_path):
     assert run("diff", ours, again) == 0
 
 
+def test_dora(net, tmp_path, capsys):
+    """Its magnitudes are converted, shown and compared, and no base is needed."""
+    targets = {eqx.nn.Linear: True, "embed": 3, "conv": 1}
+    first = trained(adapted(net, targets=targets, use_dora=True))
+    ours, theirs, again = tmp_path / "a.safetensors", tmp_path / "p", tmp_path / "b"
+    lora_quax.save_adapter(ours, first)
+    assert run("convert", ours, theirs) == 0
+    assert same_leaves(peft.load(theirs, net), first)
+    assert run("convert", theirs, again) == 0
+    assert same_leaves(lora_quax.load_adapter(again, net), first)
+    assert run("diff", ours, again) == 0 == run("diff", ours, theirs)
+    capsys.readouterr()
+    assert run("inspect", theirs) == 0
+    assert capsys.readouterr().out.count("magnitude") == 5
+    lora_quax.save_adapter(tmp_path / "c", trained(first))
+    assert run("diff", ours, tmp_path / "c") == 1
+    assert "head.weight (magnitude): relative difference 0.2" in capsys.readouterr().out
+    lora_quax.save_model(tmp_path / "base", net)
+    for adapter in ours, theirs:
+        said = fails(capsys, "merge", tmp_path / "base", adapter, tmp_path / "merged")
+        assert "`head.weight` is adapted by DoRA" in said
+        assert not (tmp_path / "merged").exists()
+
+
 def test_names_of_pytorch_and_back(net, tmp_path):
     first = trained(model(net, "everything"))
     ours, theirs, again = tmp_path / "a.safetensors", tmp_path / "p", tmp_path / "b"

@@ -74,6 +74,11 @@ REFUSED = {
         "`conv.weight` is adapted, conv",
     ),
     "vllm, experts": ("vllm", {"q": 1, "experts": 1}, "`moe.experts` is adapted"),
+    "vllm, DoRA": (
+        "vllm",
+        {"q": Adapt(1, use_dora=True)},
+        "`q.weight` is adapted by DoRA",
+    ),
     "vllm, a bias": ("vllm", {"q": 1, "q.bias": "full"}, "biases are trained"),
     "vllm, a module": ("vllm", {"q": 1, "embed": "full"}, "`embed` is trained in full"),
     "llama.cpp, a head": (

@@ -298,6 +298,14 @@ def test_a_quantised_base():
     assert {*np.unique(np.round(mask, 6))} == {0.0, round(1 / (1 - RATE), 6)}
 
 
+def test_dora():
+    w = lora_quax.DoRA(weight(3, N, key=None))
+    mask = masks(lambda w, x: w @ x, with_dropout_key(w, jr.key(0)), N)
+    assert {*np.unique(np.round(mask, 6))} == {0.0, round(1 / (1 - RATE), 6)}
+    out = [quax.quaxify(product)(x, jnp.ones(N)) for x in (w, w.lora)]
+    np.testing.assert_allclose(*out, rtol=1e-6)
+
+
 # What is refused.
 
 

@@ -56,7 +56,10 @@ def _filled(w, indices, axis):
     return jnp.take(w, indices, axis, mode="fill", fill_value=2.0)
 
 
-@pytest.mark.parametrize("kind", ["lora", "low_rank", "nested", "ia3", "scaled rows"])
+_KINDS = ["lora", "low_rank", "nested", "ia3", "scaled rows", "dora"]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 def test_indices_out_of_bounds(kind):
     def fn(w, i, s):
         return [program(w, i) * s for program in BOUNDS.values()]
@@ -67,7 +70,7 @@ def test_indices_out_of_bounds(kind):
         assert_close(value_and_grads(ours, args), value_and_grads(plain, args))
 
 
-@pytest.mark.parametrize("kind", ["lora", "low_rank", "nested", "ia3", "scaled rows"])
+@pytest.mark.parametrize("kind", _KINDS)
 def test_a_lookup_along_one_axis_of_a_part_of_another(kind):
     """Of a square, so that the slices of a factor are as large as it is: by no index
     of its own XLA would have its gradient wrong."""

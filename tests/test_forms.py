@@ -18,7 +18,7 @@ import optax
 import pytest
 import quax
 from files import bits
-from forms import Chosen, FORMS, ScaledRows
+from forms import Chosen, FORMS, SCALED, ScaledRows
 from helpers import (
     adapted,
     assert_close,
@@ -118,7 +118,7 @@ REFUSED = {
         ("Q(f)", "filter_custom_vjp of a weight"): _SCALE_OUT,
         ("Q(f)", "error_if of a weight"): _SCALE_OUT,
     }
-    for kind in ("ia3", "scaled rows")
+    for kind in SCALED
 }
 
 
@@ -232,6 +232,7 @@ TRAINS = {
     "chosen": {"a", "b"},
     "ia3": {"scale"},
     "scaled rows": {"a", "b", "scale"},
+    "dora": {"a", "b", "magnitude"},
 }
 
 
@@ -303,6 +304,7 @@ RANKS = {
     "chosen": 2,
     "ia3": None,
     "scaled rows": 2,
+    "dora": 2,
 }
 
 
@@ -441,8 +443,8 @@ def test_a_program_gives_the_same_structures_eager_and_compiled(kind):
     assert trainable(eager) == trainable(compiled) == trainable(abstract)
     # What is frozen stays frozen. A base that trains is "full".
     trained = {*jax.tree.leaves(labels(args[:2]))}
-    # What a form lowers to has factors.
-    known = trained | {"a", "b", "frozen"}
+    # What a form lowers to has factors, or a scale.
+    known = trained | {"a", "b", "scale", "frozen"}
     assert {*jax.tree.leaves(labels(eager))} <= known
 
 

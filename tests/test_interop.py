@@ -1,5 +1,6 @@
 """The same adapter computes the same in PEFT and here, whichever of them wrote it."""
 
+import functools as ft
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,8 +40,8 @@ from interop_twins import (  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import lora_quax  # noqa: E402
-from lora_quax import Adapt, FullArray, LoraArray  # noqa: E402
-from lora_quax._arrays.base import replace  # noqa: E402
+from lora_quax import Adapt, DoRA  # noqa: E402
+from lora_quax._arrays.base import is_adapted, replace  # noqa: E402
 
 
 FILES = "adapter_model.safetensors", "adapter_config.json"
@@ -96,6 +97,32 @@ _mlps = dict(target_modules=["gate_proj", "down_proj"])
 _gpt2 = dict(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
 _bert = dict(target_modules=["query", "dense"])
 _convs = dict(target_modules=["volume", "plane", "line", "0", "2"])
+
+_dora_from_peft = {
+    f"dora, {name}": case._replace(adapter={**case.adapter, "use_dora": True})
+    for name, case in {
+        "linear": Case(twins.llama(), _attention),
+        "list of layers": Case(twins.llama(), _attention, LISTED),
+        "stacked": Case(twins.llama(3), _attention, STACKED),
+        "rslora, ranks": Case(
+            twins.llama(),
+            {**_attention, "use_rslora": True, "rank_pattern": {"q_proj": 3}},
+            save={"use_rslora": True},
+        ),
+        "pissa": Case(twins.llama(), {**_attention, "init_lora_weights": "pissa"}),
+        "bfloat16": Case(twins.llama(), _attention, dtype=torch.bfloat16),
+        "embedding": Case(twins.llama(), dict(target_modules=["embed_tokens"])),
+        "gpt2": Case(twins.gpt2(), _gpt2, save={"fan_in_fan_out": True}),
+        "convolutions": Case(twins.conv_net(), _convs, program=CONV),
+        "matrices, transposed": Case(
+            twins.linears(ENDS),
+            dict(target_modules=[*ENDS]),
+            FLIPPED,
+            program=Program(twins.linears_forward(ENDS), (4,)),
+            transposed=("weight",),
+        ),
+    }.items()
+}
 
 FROM_PEFT = {
     "linear": Case(twins.llama(), _attention),
@@ -229,6 +256,7 @@ FROM_PEFT = {
         dict(target_modules=["line", "0"], modules_to_save=["plane"]),
         program=CONV,
     ),
+    **_dora_from_peft,
     "weight as a parameter": Case(
         twins.linears(ENDS),
         dict(target_modules=["lm_head"], target_parameters=["block.q.weight"]),
@@ -336,10 +364,6 @@ def assert_close(ours, theirs, what: str) -> None:
     )
 
 
-def is_adapted(x) -> bool:
-    return isinstance(x, LoraArray | FullArray)
-
-
 def assert_same(case: Case, ours: Any, *theirs: Any) -> None:
     """Every adapted layer, the whole program, and every merged parameter agree."""
     ours = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), ours)
@@ -391,6 +415,7 @@ def test_from_peft_and_back(tmp_path, case):
     assert len(_bytes(second)) == 2 and _bytes(second) == _bytes(third)
 
 
+_per_column = ft.partial(DoRA, per="columns")
 _pair = dict(targets=["q_proj", "v_proj"])
 
 FROM_HERE = {
@@ -495,6 +520,27 @@ FROM_HERE = {
         program=Program(twins.linears_forward(ENDS), (4,)),
         transposed=("weight",),
     ),
+    "dora": Case(twins.llama(), {**_pair, "use_dora": True}),
+    "dora, stacked": Case(twins.llama(3), {**_pair, "use_dora": True}, STACKED),
+    "dora, base trained": Case(
+        twins.llama(), {**_pair, "use_dora": True, "stop_gradient": False}
+    ),
+    "dora, embedding": Case(
+        twins.llama(), dict(targets=[eqx.nn.Embedding], use_dora=True)
+    ),
+    "dora, convolutions": Case(twins.conv_net(), dict(use_dora=True), program=CONV),
+    "dora, gpt2": Case(
+        twins.gpt2(),
+        dict(alpha=2, targets=["c_attn", "c_fc"], use_dora=True),
+        save={"fan_in_fan_out": True},
+    ),
+    "dora, matrices, transposed": Case(
+        twins.linears(ENDS),
+        dict(targets=["q.weight", "head.weight"], use_dora=_per_column),
+        FLIPPED,
+        program=Program(twins.linears_forward(ENDS), (4,)),
+        transposed=("weight",),
+    ),
     **{
         f"parameters, transposed={transposed}": Case(
             twins.parameters(transposed),
@@ -540,6 +586,7 @@ def test_from_here_and_back(tmp_path, case):
 
 
 ON_CHANGED_BASE = [
+    "dora",
     "stacked",
     "rslora",
     "several ranks, rslora",
@@ -555,6 +602,8 @@ def test_an_initialisation_that_changed_the_base(tmp_path, name):
     case = FROM_HERE[name]
 
     def subtract(x):
+        if isinstance(x, DoRA):
+            return replace(x, lora=subtract(x.lora))
         return replace(x, base=x.base - x.delta.dense()) if is_adapted(x) else x
 
     initial = jax.tree.map(subtract, adapted(case), is_leaf=is_adapted)
@@ -593,7 +642,12 @@ def test_two_adapters_of_one_model(tmp_path):
 
 
 REFUSED = {
-    "dora": (twins.llama(), {**_attention, "use_dora": True}, "`use_dora` is True"),
+    "dora, some layers of a stack": (
+        twins.llama(3),
+        {**_mlps, "use_dora": True, "layers_to_transform": [1]},
+        "with DoRA all layers of a stack have to be adapted, and `model.layers.0",
+        STACKED,
+    ),
     "randomised pissa": (
         twins.llama(),
         {**_attention, "init_lora_weights": "pissa_niter_4"},
@@ -621,9 +675,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("model, config, match", REFUSED.values(), ids=REFUSED)
-def test_refused(tmp_path, model, config, match):
-    case = Case(model, config)
+@pytest.mark.parametrize("refused", REFUSED.values(), ids=REFUSED)
+def test_refused(tmp_path, refused):
+    model, config, match, *view = refused
+    case = Case(model, config, *view)
     peft_model_of(case, tmp_path)
     with pytest.raises(lora_quax.AdapterError, match=match):
         load(tmp_path, case)

@@ -11,12 +11,14 @@ import numpy as np
 import optax
 import pytest
 import quax
+from forms import dora
 from helpers import (
     adapted,
     assert_close,
     check,
     densify,
     equations,
+    KINDS,
     lora,
     value_and_grads,
     x,
@@ -134,7 +136,8 @@ def test_sharding_constraint(spec):
 
 @pytest.mark.parametrize("x_spec", [P("i", None), P(None, "i"), P(None, None)])
 @pytest.mark.parametrize("w_spec", [P("i", None), P(None, "i"), P(None, None)])
-def test_explicit_mesh(w_spec, x_spec):
+@pytest.mark.parametrize("form", ["lora", "dora"])
+def test_explicit_mesh(form, w_spec, x_spec):
     mesh = _mesh(AxisType.Explicit)
     put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
     with jax.set_mesh(mesh):
@@ -146,6 +149,7 @@ def test_explicit_mesh(w_spec, x_spec):
                 w.delta, a=put(w.a, None, w_spec[1]), b=put(w.b, w_spec[0], None)
             ),
         )
+        w = w if form == "lora" else dora(w)
         out = P("i", None) if x_spec[0] else P(None, w_spec[0])
         f = lambda w, x: jnp.einsum("ti,oi->to", x, w, out_sharding=out).sum()
         g = lambda w, x: quax.quaxify(f)(w, x)
@@ -153,7 +157,7 @@ def test_explicit_mesh(w_spec, x_spec):
     plain = jax.grad(lambda w, x: jnp.einsum("ti,oi->to", x, densify(w)).sum(), (0, 1))
     assert_close(
         jax.device_get(jax.tree.leaves(grads)),
-        jax.tree.leaves(plain(lora((4, 6)), x(8, 6))),
+        jax.tree.leaves(plain(KINDS[form]((4, 6)), x(8, 6))),
     )
 
 

@@ -25,6 +25,7 @@ from files import bits, Int8, listing, numbers
 from lora_quax import (
     Adapt,
     AdapterError,
+    DoRA,
     FullArray,
     load_adapter,
     LoraArray,
@@ -621,6 +622,13 @@ def with_state():
     return eqx.nn.make_with_state(_WithState)(jr.key(0))[0]
 
 
+def _tied():
+    pair = {"embed_tokens": embedding(5, 4), "lm_head": linear(4, 5, False)}
+    where, get = lambda m: m["lm_head"].weight, lambda m: m["embed_tokens"].weight
+    return {"m": eqx.nn.Shared(pair, where, get)}
+
+
+_per_column = ft.partial(DoRA, per="columns")
 _in_full = lambda name: {"q": True, name: "full"}
 REFUSED = {
     "a plain model": (lambda: numbers_of(linear()), "has no low-rank update"),
@@ -694,6 +702,28 @@ REFUSED = {
     "parameters of one shape in a dictionary": (
         lambda: adapted({"m": {"z": array(4, 4), "u": array(4, 4)}}, ["m.z", "m.u"]),
         "m.u, m.z are of one shape, and PEFT tells them apart by their order alone",
+    ),
+    "DoRA beside LoRA": (
+        lambda: adapted(
+            {"q": linear(), "v": linear()}, {"q": Adapt(use_dora=True), "v": True}
+        ),
+        "`q.weight` is adapted by DoRA and `v.weight` is not, which PEFT has for all",
+    ),
+    "DoRA of experts": (
+        lambda: adapted({"up": array(3, 4, 5)}, {"up": Adapt(use_dora=True)}),
+        "`up` .* PEFT has no DoRA of experts",
+    ),
+    "DoRA of a parameter": (
+        lambda: adapted({"m": {"u": array(4, 5)}}, {"m.u": Adapt(use_dora=True)}),
+        "PEFT has no DoRA of `m.u`, a single parameter",
+    ),
+    "DoRA of columns": (
+        lambda: adapted({"q": linear()}, {"q": Adapt(use_dora=_per_column)}),
+        "`q.weight` .* a magnitude for each of its columns; PEFT .* its rows",
+    ),
+    "DoRA of what is tied": (
+        lambda: adapted(_tied(), {"embed_tokens": Adapt(use_dora=True)}),
+        "is adapted by DoRA: PEFT gives the embedding a magnitude for each feature",
     ),
     "what trains alone": (
         lambda: partition(adapted({"m": {"weight": array(3, 3)}}, ["m.weight"]))[0],
@@ -938,7 +968,7 @@ def test_one_error_lists_all_that_does_not_fit_the_model(sound):
 def _break(tensors) -> None:
     del tensors[f"{PREFIX}a.0.{_A}"], tensors[f"{PREFIX}a.1.{_B}"]
     tensors[f"a.2.{_A}"] = np.zeros(1, np.float32)
-    tensors[f"{PREFIX}a.0.lora_magnitude_vector"] = np.zeros(4, np.float32)
+    tensors[f"{PREFIX}a.2.lora_magnitude_vector"] = np.zeros(4, np.int32)
     tensors[f"{PREFIX}head.lora_B.bias"] = np.zeros(4, np.float32)
     tensors[f"{PREFIX}norm.{_A}"] = np.zeros((2, 4), np.int32)
 
@@ -953,7 +983,8 @@ def test_one_error_lists_all_that_is_wrong_in_the_file(sound):
             "`a.0` has no A",
             "`a.1` has no B",
             f"`a.2.{_A}` does not begin with `{PREFIX}`",
-            f"`{PREFIX}a.0.lora_magnitude_vector` is of DoRA, which is not supported",
+            f"`{PREFIX}a.2.lora_magnitude_vector` is of type int32, no floating point",
+            "`a.2` has magnitudes alone",
             "`head` has a bias alone",
             f"`{PREFIX}norm.{_A}` is of type int32, no floating point",
             "`norm` has no B",
@@ -961,10 +992,57 @@ def test_one_error_lists_all_that_is_wrong_in_the_file(sound):
     )
 
 
+_M = "lora_magnitude_vector"
+MAGNITUDES = {
+    "one is missing": (
+        lambda tensors: tensors.pop(f"{PREFIX}e.{_M}"),
+        {},
+        f"`e` has no `{_M}`, with `use_dora`",
+    ),
+    "no DoRA": (
+        lambda tensors: None,
+        dict(use_dora=False),
+        f"`e` has a `{_M}`, without `use_dora`",
+    ),
+    "another shape": (
+        lambda tensors: tensors.update({f"{PREFIX}e.{_M}": np.ones(5, np.float32)}),
+        {},
+        r"`e.weight` .* must have the shape \(4,\); those of `e.weight` have \(5,\)",
+    ),
+    "a type that JAX has not": (
+        lambda tensors: tensors.update({f"{PREFIX}e.{_M}": np.ones(4)}),
+        {},
+        "e.weight, its magnitudes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MAGNITUDES)
+def test_magnitudes_that_do_not_fit(name, tmp_path):
+    change, fields, match = MAGNITUDES[name]
+    tree = {"q": linear(), "e": embedding()}
+    model = adapted(tree, {"q": Adapt(use_dora=True), "e": Adapt(use_dora=True)})
+    peft.save(tmp_path, model)
+    path, config = tmp_path / WEIGHTS, tmp_path / CONFIG
+    assert json.loads(config.read_text())["use_dora"] is True
+    assert bits(peft.load(tmp_path, unload(model))) == bits(model)
+    # All that is asked of the base is its shape.
+    abstract = eqx.filter_eval_shape(lambda: unload(model))
+    assert bits(peft.load(tmp_path, abstract)["q"].weight.magnitude) == bits(
+        model["q"].weight.magnitude
+    )
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    with pytest.raises(AdapterError, match=match):
+        peft.load(tmp_path, unload(model))
+
+
 # Fields that are refused, or have to be, and why.
 FIELDS = {
     "another kind": (dict(peft_type="BOFT"), "`peft_type` must be 'LORA', got 'BOFT'"),
-    "DoRA": (dict(use_dora=True), "`use_dora` is True"),
+    "DoRA of text": (dict(use_dora="yes"), "`use_dora` must be true or false"),
     "a field of the future": (dict(use_x=3), "`use_x` is 3.* not known here"),
     "a rank of text": (dict(r="2"), "`r` must be an integer, got '2'"),
     "no rank": (dict(r=None), "`r` is missing"),

@@ -18,6 +18,7 @@ from .._arrays.low_rank import LowRankArray
 from .._disk.adapter import Adapter, differences, read_adapter, written
 from .._disk.description import base_type, build, NONSENSE, said
 from .._disk.files import AdapterError, refuse
+from .._forms.dora import DoRA
 from .._model.names import split
 from .._model.paths import dotted, join, named
 from ..peft._config import Config
@@ -83,6 +84,7 @@ class Content(NamedTuple):
     initialisation: bool | str | None = True  # by PEFT's names; it may change the base
     ties: bool = False  # whether what adapts the embedding adapts the head
     base: Any = None  # the fingerprint of what was adapted, of a file of ours
+    magnitudes: dict[str, np.ndarray] = {}  # weight -> its norms, of DoRA
 
 
 def read_content(path: Path) -> Content:
@@ -125,6 +127,7 @@ def arrays_of(content: Content) -> dict[str, np.ndarray]:
     for name, update in content.updates.items():
         out |= {f"{name}, a": update.a, f"{name}, b": update.b}
     out |= content.values
+    out |= {f"{name}, magnitude": x for name, x in content.magnitudes.items()}
     return out | {f"{name}, added": added.x for name, added in content.added.items()}
 
 
@@ -158,7 +161,7 @@ _KINDS_OF_LAYERS = {
 def _of_ours(path: Path) -> Content:
     """**Raises:** as `read_adapter` and `arrays_in`."""
     adapter = read_adapter(path)
-    out = Content(path, "lora_quax", {}, {}, {}, base=adapter.base)
+    out = Content(path, "lora_quax", {}, {}, {}, base=adapter.base, magnitudes={})
     for name, (x, layer) in arrays_in(path, adapter).items():
         kind = "array" if layer is None else _KINDS_OF_LAYERS[layer["type"]]
         if layer is not None and layer.get("groups", 1) > 1:
@@ -168,7 +171,10 @@ def _of_ours(path: Path) -> Content:
 
 
 def _gather(out: Content, weight: str, name: str, x, kind: str) -> None:
-    if isinstance(x, LoraArray):
+    if isinstance(x, DoRA):
+        out.magnitudes[name] = np.asarray(x.magnitude)
+        _gather(out, weight, name, x.lora, kind)
+    elif isinstance(x, LoraArray):
         out.updates[name] = _update_of_ours(weight, x.delta, kind)
         _gather(out, weight, join(name, "base"), x.base, kind)
     elif isinstance(x, AbstractDelta):
@@ -276,7 +282,7 @@ def _known_layer(about: dict[str, Any]) -> dict[str, Any] | None:
 def content_of_peft(adapter: PeftAdapter) -> Content:
     """**Raises:** `AdapterError` if the tensors are not those of its configuration."""
     config = adapter.config
-    problems, updates, added = [], {}, {}
+    problems, updates, added, magnitudes = [], {}, {}, {}
     wrapped = _wrapped(adapter)
     for module, update in adapter.updates.items():
         weights = wrapped.get(module, (join(module, "weight"),))
@@ -286,12 +292,17 @@ def content_of_peft(adapter: PeftAdapter) -> Content:
             problems.append(f"`{module}`: {e}")
             continue
         # Which of several it is the order of the model says, which is not in the files.
-        updates[weights[0] if len(weights) == 1 else module] = out
+        name = weights[0] if len(weights) == 1 else module
+        updates[name] = out
+        if update.magnitude is not None:
+            magnitudes[name] = update.magnitude.ravel()
     for module, x in adapter.biases.items():
         added[join(module, "bias")] = Added(x, config.scaling(module))
     refuse(f"The adapter {adapter.path.parent} is not sound", problems)
     flags = config.fan_in_fan_out, config.init_lora_weights, config.ties
-    return Content(adapter.path.parent, "PEFT", updates, adapter.values, added, *flags)
+    where = adapter.path.parent, "PEFT"
+    parts = updates, adapter.values, added, *flags
+    return Content(*where, *parts, magnitudes=magnitudes)
 
 
 def _wrapped(adapter: PeftAdapter) -> dict[str, tuple[str, ...]]:
@@ -313,7 +324,7 @@ def _update_of_peft(
     weights: tuple[str, ...], config: Config, update: Factors, wrapped: bool
 ) -> Update:
     """**Raises:** `ValueError` if the factors do not fit the configuration."""
-    A, B, is_embedding = update
+    A, B, is_embedding, _ = update
     # A pattern is matched with the name of a module or of a parameter.
     names = weights if wrapped else [split(weights[0])[0]]
     settings = {(config.rank(name), config.alpha(name)) for name in names}

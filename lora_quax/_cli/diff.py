@@ -18,6 +18,7 @@ def diff(one: Path, other: Path, names: Path | None = None) -> int:
         updates={called(name): x for name, x in first.updates.items()},
         values={called(name): x for name, x in first.values.items()},
         added={called(name): x for name, x in first.added.items()},
+        magnitudes={called(name): x for name, x in first.magnitudes.items()},
     )
     called.check()
     lines = [
@@ -40,12 +41,13 @@ def _of_settings(x: str, y: str) -> list[str]:
 
 
 def _whole(content: Content) -> dict[str, np.ndarray]:
-    """The arrays given whole, and what is added to biases."""
+    """The arrays given whole, magnitudes, and what is added to biases."""
     added = {
         f"{name} (added)": np.multiply(x, scaling, dtype=np.float64)
         for name, (x, scaling) in content.added.items()
     }
-    return content.values | added
+    magnitudes = {f"{name} (magnitude)": x for name, x in content.magnitudes.items()}
+    return content.values | magnitudes | added
 
 
 def _between(first: dict, second: dict, one: Path, other: Path, compare) -> list[str]:

@@ -76,6 +76,10 @@ def _rows(content: Content, bad: set[str]) -> list[tuple[str, ...]]:
         mark = _MARK if name in bad else ""
         shape, dtype = str(x.shape), x.dtype.name
         rows.append((_shown(name), "whole", shape, "", "", "", dtype, "", mark))
+    for name, x in content.magnitudes.items():
+        mark = _MARK if f"{name}, magnitude" in bad else ""
+        shape, dtype = str(x.shape), x.dtype.name
+        rows.append((_shown(name), "magnitude", shape, "", "", "", dtype, "", mark))
     for name, (x, scaling) in content.added.items():
         mark = _MARK if f"{name}, added" in bad else ""
         shape, dtype = str(x.shape), x.dtype.name

@@ -87,6 +87,11 @@ class _Planner:
             self._value(weight, x)
         for bias, added in self.content.added.items():
             self._add(bias, added)
+        self.problems += [
+            f"`{name}` is adapted by DoRA, whose norms are those of whole rows: load "
+            "it around the model, and `lora_quax.merge` merges it"
+            for name in self.content.magnitudes
+        ]
         if self.content.initialisation in INITIALISATIONS:
             self.problems.append(
                 f"`init_lora_weights` is {self.content.initialisation!r}: the base is "

@@ -18,6 +18,7 @@ from .._disk.files import AdapterError, refuse
 from .._model.names import Namer, split
 from .._model.paths import join, named
 from .._model.targets import read_pattern
+from ..peft._whole import lora_of
 from .content import arrays_in, Content, Update
 
 
@@ -85,6 +86,7 @@ def skeleton_of_ours(source: Path) -> Any:
 def _layer_of(x: Any, about: dict[str, Any]) -> Layer:
     if "groups" not in about:
         return Layer(about["type"])
+    x = lora_of(x)
     delta = x.delta if isinstance(x, LoraArray) else x
     # The axes that stack layers are no axes of a convolution.
     axes = 1 + delta.cols if isinstance(delta, LowRankArray) else x.ndim

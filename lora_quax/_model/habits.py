@@ -51,7 +51,6 @@ _HERE = {
     ),
     "lora_dropout": "is `dropout` here, and drops in a step that is given a key: see "
     "`lora_quax.with_dropout_key`",
-    "use_dora": "is not here ready-made; a `ScaledArray` around a `LoraArray` is one",
     "lora_bias": "is not here: the bias of a layer trains by `targets`, as `bias` does",
     "trainable_token_indices": (
         "is a form of update here, `lora_quax.Rows`: "

@@ -2,6 +2,7 @@
 
 import functools as ft
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -26,13 +27,14 @@ from .._arrays.check import (
     default_dtype,
 )
 from .._arrays.full import FullArray
-from .._arrays.lora import unsummed
+from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray
+from .._forms.dora import DoRA
 from ..init import Initialiser
 from .habits import answers_peft
 from .paths import is_value, Leaf, named, words
 from .select import select
-from .targets import Adapt, Targets
+from .targets import Adapt, check_dora, Targets
 from .updates import read_update
 
 
@@ -61,6 +63,7 @@ def loraify(
     dropout: Any = 0.0,
     stop_gradient: bool = True,
     allow_materialise: bool = False,
+    use_dora: bool | Callable[[LoraArray], DoRA] = False,
 ) -> PyTree:
     """Gives weights of a model a low-rank update each. The model is not changed.
 
@@ -119,10 +122,14 @@ def loraify(
     - `init_a`, `init_b`, `scale`, `dtype`, `stop_gradient`, `allow_materialise`: as for
         `LoraArray`. By default the factor `a` of an `eqx.nn.Embedding` is drawn from a
         standard normal distribution, as PEFT does.
+    - `use_dora`: whether the norms of the weights train apart from their directions:
+        `DoRA`, with a magnitude for each row of a weight, and for each column of an
+        `eqx.nn.Embedding`, as PEFT does. Or a function from a `LoraArray` to a
+        `DoRA`, such as `functools.partial(DoRA, per="columns")`.
 
-    **Returns:** the model with a `LoraArray` in place of each adapted weight, or what
-    another form of update makes of it, and a `FullArray` in place of each that trains
-    in full.
+    **Returns:** the model with a `LoraArray` in place of each adapted weight, or a
+    `DoRA`, or what another form of update makes of it, and a `FullArray` in place of
+    each that trains in full.
 
     **Raises:** `ValueError` or `TypeError` if an argument is not what it should be, or
     is one that the form of the updates has not; if
@@ -137,7 +144,14 @@ def loraify(
     if not isinstance(key, jax.ShapeDtypeStruct):
         check_key(key)
     defaults = Adapt(
-        rank, alpha, init_a, init_b, scale, dtype, dropout=check_dropout(dropout)
+        rank,
+        alpha,
+        init_a,
+        init_b,
+        scale,
+        dtype,
+        dropout=check_dropout(dropout),
+        use_dora=check_dora(use_dora),
     )
     _refuse_default(update, defaults)
     policy = dict(stop_gradient=stop_gradient, allow_materialise=allow_materialise)
@@ -175,14 +189,15 @@ def loraify(
                 raise ValueError(_no_dropout(leaf, plans[i]))
             leaves[i] = _around(base, plans[i], folds[i], key)
             continue
-        leaves[i] = unsummed(
+        lora = unsummed(
             base,
             deltas[i],
             dropout=rate,
             stop_gradient=stop_gradient,
         )
         if not isinstance(deltas[i], LowRankArray):
-            checked(leaves[i])
+            checked(lora)
+        leaves[i] = _with_magnitude(lora, leaf, choice.spec, defaults)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -225,6 +240,18 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> _Pla
     )
 
 
+def _with_magnitude(lora: LoraArray, leaf: Leaf, spec: Adapt, defaults: Adapt) -> Any:
+    use = defaults.use_dora if spec.use_dora is None else spec.use_dora
+    if use is True:
+        return DoRA(lora, per="columns" if _is_embedding(leaf) else "rows")
+    if not use:
+        return lora
+    out = use(lora)
+    if not isinstance(out, DoRA):
+        raise TypeError(f"`use_dora` must give a `DoRA`, and {use!r} gave {out!r:.80}.")
+    return out
+
+
 def _refuse_concrete(chosen, plans: dict[int, _Plan]) -> None:
     concrete = [named(chosen[i][0].path) for i in plans if not plans[i].abstract]
     if concrete:
@@ -241,8 +268,11 @@ def _init_a(spec: Adapt) -> Initialiser | None:
 
 
 def _layer_init_a(leaf: Leaf) -> Initialiser:
-    is_embedding = leaf.layer and isinstance(leaf.layer[1], eqx.nn.Embedding)
-    return init.gaussian(1.0) if is_embedding else init.uniform
+    return init.gaussian(1.0) if _is_embedding(leaf) else init.uniform
+
+
+def _is_embedding(leaf: Leaf) -> bool:
+    return leaf.layer is not None and isinstance(leaf.layer[1], eqx.nn.Embedding)
 
 
 def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, AbstractDelta]:

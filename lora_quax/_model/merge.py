@@ -23,7 +23,9 @@ from .._arrays.base import (
     roles,
     with_base,
 )
+from .._arrays.check import wider
 from .._arrays.lora import add, LoraArray
+from .._arrays.scaled import ScaledArray, times
 from .paths import dotted, join, named
 
 
@@ -162,6 +164,10 @@ def _merged(x):
     x = lower(x)
     if isinstance(x, LoraArray):
         return _sum(_merged(x.frozen_base()), x.delta.lower().product())
+    if isinstance(x, ScaledArray):  # Rounded once, to the type of the base.
+        wide = wider(x.dtype, x.scale.dtype)
+        base = quax.quaxify(lambda y: y.astype(wide))(x.frozen_base())
+        return times(_merged(base), x.scale).astype(x.dtype)
     return dense(x)
 
 

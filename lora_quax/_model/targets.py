@@ -21,6 +21,18 @@ from .habits import answers_peft
 from .updates import read_update
 
 
+def check_dora(x: Any) -> Any:
+    """True, False, or a function that makes a `DoRA`."""
+    if isinstance(x, bool | np.bool_):
+        return bool(x)
+    if not callable(x):
+        raise TypeError(
+            "`use_dora` must be True, False, or a function from a `LoraArray` to a "
+            f"`DoRA`, got {x!r}."
+        )
+    return x
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapt:
     """How one weight is adapted. What is `None` is as given to `loraify`.
@@ -30,6 +42,7 @@ class Adapt:
     - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`, `dropout`: as for
         `LoraArray`.
     - `update`: the form of the update, as for `loraify`.
+    - `use_dora`: as for `loraify`.
     - `rows`, `cols`: how many axes of the weight are rows, and how many are columns,
         counted from the end; those before them are batch, with separate factors for
         each index. By default that of the layer; one and one for an array outside a
@@ -58,6 +71,7 @@ class Adapt:
     cols: int | None = None
     dropout: Any = None
     update: Any = None
+    use_dora: bool | Callable | None = None
 
     def __post_init__(self):
         if self.rank is not None:
@@ -78,6 +92,8 @@ class Adapt:
             check_factor_dtype(self.dtype)
         if self.dropout is not None:
             object.__setattr__(self, "dropout", check_dropout(self.dropout))
+        if self.use_dora is not None:
+            check_dora(self.use_dora)
         for name in ("rows", "cols"):
             n = getattr(self, name)
             if n is not None and (isinstance(n, bool) or not isinstance(n, int)):

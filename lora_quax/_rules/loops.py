@@ -90,6 +90,11 @@ def _settle(step: Callable, carry: Sequence, avals, primitive) -> tuple[list, tu
             return carry, _hashable(map(kind_of, carry))
 
 
+def _lowered(consts: Sequence) -> tuple:
+    """What a body reads in each step, such as the norms of a DoRA, computed once."""
+    return tuple(map(lower_all, consts))
+
+
 def _run_step(consts, carry, jaxpr):
     return call(jaxpr, (*consts, *carry))
 
@@ -102,7 +107,8 @@ def _run_settled_step(consts, carry, jaxpr, kinds):
 @call_rule(lax.while_p, while_quax)
 def while_(*args, cond_nconsts, cond_jaxpr, body_nconsts, body_jaxpr):
     n = cond_nconsts + body_nconsts
-    cond_consts, body_consts = args[:cond_nconsts], args[cond_nconsts:n]
+    consts = _lowered(args[:n])
+    cond_consts, body_consts = consts[:cond_nconsts], consts[cond_nconsts:]
 
     def step(carry):
         return trace_on(_run_step, (body_consts, carry), body_jaxpr)[1]
@@ -135,6 +141,7 @@ def _run_settled_scan(consts, shared, carry, sliced, jaxpr, kinds):
 @call_rule(lax.scan_p, scan_quax)
 def scan(*args, jaxpr, length, **params):
     consts, carry, xs = unpack_scan_args(args, params)
+    consts = _lowered(consts)
     sliced, shared = (
         zip(*(split_for_scan(lower_all(x), length) for x in xs)) if xs else ((), ())
     )

@@ -10,10 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import quax
 from jax import lax
 from jax.extend.core.primitives import all_gather_p
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._arrays.base import (
     dense,
@@ -23,7 +25,7 @@ from .._arrays.base import (
     materialise_or_refuse,
     replace,
 )
-from .._arrays.check import wider
+from .._arrays.check import aval_of, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray, times
@@ -182,6 +184,16 @@ def _spread(s, labels: Sequence, out_labels: Sequence):
     return jnp.expand_dims(s, [k for k, i in enumerate(out_labels) if i not in labels])
 
 
+def _placed(s, x):
+    """`s`, of which each axis is as long as that of `x` or 1, sharded as `x` is, where
+    a program has to say so."""
+    sharding = aval_of(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return s
+    spec = (None if n == 1 else entry for n, entry in zip(s.shape, sharding.spec))
+    return jax.reshard(s, NamedSharding(sharding.mesh, PartitionSpec(*spec)))
+
+
 @on(lax.reduce_sum_p)
 def _(w: ScaledArray, *, axes, out_sharding=None):
     """Along a scaled axis a sum is a product with the scale, and an activation."""
@@ -277,7 +289,7 @@ def scaled_product(x, w: ScaledArray, axes, *, out_sharding, **params):
     before = late != [] and {*labels} <= {*x_labels}
     if before:
         late = []
-        x = quax.quaxify(times)(x, _spread(s, labels, x_labels))
+        x = quax.quaxify(times)(x, _placed(_spread(s, labels, x_labels), x))
     out, out_labels = contract(
         x,
         x_labels,
@@ -289,7 +301,8 @@ def scaled_product(x, w: ScaledArray, axes, *, out_sharding, **params):
         **params,
     )
     if not before and s is not None:
-        out = quax.quaxify(times)(out, _spread(s, labels, out_labels))
+        s = _placed(_spread(s, labels, out_labels), out)
+        out = quax.quaxify(times)(out, s)
     if late:
         summed = [out_labels.index(i) for i in late]
         out = quax.quaxify(lambda y: y.sum(summed))(out)

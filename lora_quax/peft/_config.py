@@ -62,6 +62,7 @@ class Config:
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, int | float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     lora_bias: bool = False
     bias: str = "none"
     modules_to_save: list[str] | None = None
@@ -322,6 +323,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "alpha_pattern": ("a mapping to numbers", _is_mapping_to(_is_number)),
     "lora_dropout": ("a number, at least 0 and less than 1", _is_part),
     "use_rslora": ("true or false", _is_flag),
+    "use_dora": ("true or false", _is_flag),
     "lora_bias": ("true or false", _is_flag),
     "fan_in_fan_out": ("true or false", _is_flag),
     "ensure_weight_tying": ("true or false", _is_flag),

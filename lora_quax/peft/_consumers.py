@@ -78,6 +78,11 @@ def refuse_for(
         for name in fields["modules_to_save"] or ()
         if split(name)[1] not in whole
     ]
+    problems += [
+        f"`{name}` is adapted by DoRA"
+        for name, x in updates.items()
+        if x.magnitude is not None
+    ]
     if fields["bias"] != "none":
         problems.append(f"biases are trained (`bias={fields['bias']!r}`)")
     if fields.get("ensure_weight_tying"):

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import equinox as eqx
 import numpy as np
 
+from .._forms.norms import Per
 from .._model.paths import Leaf
 
 
@@ -19,6 +20,28 @@ SUFFIXES: dict[Kind, tuple[str, str]] = {
     "conv": ("lora_A.weight", "lora_B.weight"),
     "experts": ("lora_A.weight", "lora_B.weight"),
 }
+
+
+MAGNITUDE = "lora_magnitude_vector"  # Of DoRA, behind the name of a module.
+
+
+def magnitude_shape(
+    kind: Kind, shape: tuple[int, ...], transposed: bool
+) -> tuple[int, ...]:
+    """The shape of the magnitudes of DoRA for a weight of this shape.
+
+    **Raises:** `ValueError` for a kind of weight that PEFT has no DoRA of.
+    """
+    if kind == "experts":
+        raise ValueError("PEFT has no DoRA of experts")
+    if kind == "conv":
+        return (1, shape[0], *(1 for _ in shape[2:]))
+    return (shape[1 if per_of(kind, transposed) == "columns" else 0],)
+
+
+def per_of(kind: Kind, transposed: bool) -> Per:
+    """What has a magnitude each: the outputs of a layer, an embedding's features."""
+    return "columns" if transposed or kind == "embedding" else "rows"
 
 
 def kind_of(leaf: Leaf, shape: tuple[int, ...], transposed: bool) -> Kind:

@@ -17,10 +17,18 @@ from .._arrays.full import FullArray
 from .._arrays.lora import unsummed
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import refuse_misfit, too_wide
+from .._forms.dora import DoRA
 from .._model.names import Names, split
 from .._model.paths import is_value, join, named
 from ._initial import INITIALISATIONS, reduced
-from ._layout import from_peft, kind_of, peft_shapes
+from ._layout import (
+    from_peft,
+    Kind,
+    kind_of,
+    magnitude_shape,
+    peft_shapes,
+    per_of,
+)
 from ._load_form import form_in, read_form
 from ._places import Place, places_of, wrappers
 from ._read import Factors, folder_of, Parts, PeftAdapter, read
@@ -47,8 +55,8 @@ def load(
     ```
 
     Low-rank updates of linear layers, embeddings, convolutions and single parameters
-    become `LoraArray`s; modules saved whole, and biases, become `FullArray`s. Adapters
-    of LoHa, LoKr, VeRA and IA³ become these.
+    become `LoraArray`s, or with `use_dora` `DoRA`s; modules saved whole, and biases,
+    become `FullArray`s. Adapters of LoHa, LoKr, VeRA and IA³ become these.
 
     **Arguments:**
 
@@ -143,10 +151,16 @@ class _Fit:
                     base, place, updates, self.dtype, self.allow_materialise
                 )
             delta = self._delta(place, updates)
+            magnitude = self._magnitude(place, updates)
         except ValueError as e:
             self.problems.append(f"{named(place.path)} cannot be adapted: {e}")
             return place.origin
-        return unsummed(base, delta, dropout=float(self.adapter.config.lora_dropout))
+        rate = float(self.adapter.config.lora_dropout)
+        lora = unsummed(base, delta, dropout=rate)
+        if magnitude is None:
+            return lora
+        per = per_of(_kind_of(place), place.transposed)
+        return DoRA.from_parts(lora, magnitude, per=per)
 
     def unused(self) -> list[str]:
         """What nothing in the model asked for."""
@@ -200,7 +214,7 @@ class _Fit:
 
         **Raises:** `ValueError` if the factors do not fit it.
         """
-        kind = kind_of(place.leaf, place.shape, place.transposed)
+        kind = _kind_of(place)
         factors = {}
         for index, update in updates.items():
             if update is None:
@@ -234,6 +248,33 @@ class _Fit:
             allow_materialise=self.allow_materialise,
         )
 
+    def _magnitude(self, place: Place, updates: dict[tuple, Factors | None]):
+        """The magnitudes of DoRA of an array, of each of its slices if it is stacked.
+
+        **Raises:** `ValueError` if there are some and they do not fit it.
+        """
+        if not self.adapter.config.use_dora:
+            return None
+        wanted = magnitude_shape(_kind_of(place), place.shape, place.transposed)
+        found = []
+        for index, update in updates.items():
+            x = None if update is None else update.magnitude
+            if x is None:
+                raise ValueError(
+                    f"with DoRA all layers of a stack have to be adapted, and "
+                    f"`{place.names[index]}` is not"
+                )
+            if x.shape != wanted:
+                raise ValueError(
+                    f"for its shape {place.shape} the magnitudes must have the shape "
+                    f"{wanted}; those of `{place.names[index]}` have {x.shape}"
+                )
+            found.append(x.ravel())
+        dtype = jnp.dtype(self.dtype or jnp.result_type(*found))
+        self.problems += too_wide(f"{place.path}, its magnitudes", dtype)
+        lead = aval_of(place.origin).shape[: -len(place.shape)]
+        return jnp.asarray(np.stack(found).reshape(*lead, -1), dtype)
+
     def _base(self, place: Place, updates, value: np.ndarray | None):
         """What the update is added to: a base that an initialisation has reduced, one
         that the files bring along, or that of the model.
@@ -242,7 +283,7 @@ class _Fit:
         """
         config = self.adapter.config
         if config.init_lora_weights in INITIALISATIONS:
-            kind = kind_of(place.leaf, place.shape, place.transposed)
+            kind = _kind_of(place)
             slices = []
             for index, update in updates.items():
                 x = self._origin(place, index)
@@ -334,6 +375,10 @@ class _Fit:
                 "would have to change what it holds"
             )
         return np.asarray(place.origin)[index]
+
+
+def _kind_of(place: Place) -> Kind:
+    return kind_of(place.leaf, place.shape, place.transposed)
 
 
 def _full(place: Place, value: np.ndarray) -> FullArray:

@@ -13,11 +13,13 @@ import numpy as np
 
 from .._disk.files import AdapterError, read_tensors, refuse
 from ._config import Config, FILE as CONFIG, MARK, read_config
+from ._layout import MAGNITUDE
 
 
 FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TOKENS = "token_adapter.trainable_tokens_delta"
+_MAGNITUDE = f".{MAGNITUDE}"
 _TRIES, _PAUSE = 50, 0.01
 _UPDATE = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<table>[AB]))",
@@ -26,11 +28,12 @@ _UPDATE = re.compile(
 
 
 class Factors(NamedTuple):
-    """The factors of one module, as they are in the file."""
+    """The factors of one module as they are in the file, and its magnitudes of DoRA."""
 
     A: np.ndarray
     B: np.ndarray
     is_embedding: bool
+    magnitude: np.ndarray | None = None
 
 
 class Parts(NamedTuple):
@@ -84,7 +87,7 @@ def read(
         raise AdapterError(f"{path} holds no tensors.")
     problems = []
     sides: dict[tuple[str, bool], dict[str, np.ndarray]] = {}
-    biases, values, tokens = {}, {}, {}
+    biases, values, tokens, magnitudes = {}, {}, {}, {}
     for key, x in tensors.items():
         name = key.removeprefix(PREFIX)
         if name == key:
@@ -95,10 +98,12 @@ def read(
             side = match["side"] or match["table"]
             place = match["module"], match["table"] is not None
             sides.setdefault(place, {})[side] = x
-        elif name.endswith(".lora_magnitude_vector"):
-            problems.append(f"`{key}` is of DoRA, which is not supported")
         elif name.endswith(f".{TOKENS}"):
             tokens[name.removesuffix(f".{TOKENS}")] = x
+        elif name.endswith(_MAGNITUDE):
+            magnitudes[name.removesuffix(_MAGNITUDE)] = x
+            if not jnp.issubdtype(x.dtype, jnp.floating):
+                problems.append(f"`{key}` is of type {x.dtype.name}, no floating point")
         elif name.endswith(".lora_B.bias"):
             biases[name.removesuffix(".lora_B.bias")] = x
         elif not _is_copy(name, config):
@@ -110,7 +115,10 @@ def read(
         elif len(pair) < 2:
             problems.append(f"`{module}` has no {'B' if 'A' in pair else 'A'}")
         else:
-            updates[module] = Factors(pair["A"], pair["B"], is_embedding)
+            magnitude = magnitudes.pop(module, None)
+            updates[module] = Factors(pair["A"], pair["B"], is_embedding, magnitude)
+            problems += _wrong_magnitude(module, magnitude, config)
+    problems += [f"`{module}` has magnitudes alone" for module in magnitudes]
     problems += [f"`{module}` has a bias alone" for module in biases.keys() - updates]
     # The weight and bias of an adapted layer itself.
     plain = {_without_base_layer(name, updates): x for name, x in values.items()}
@@ -143,6 +151,16 @@ def read_pair(
         "both was stopped between them, or another has written one of them. Save the "
         "adapter again, or load and save it with PEFT, which does not compare them."
     )
+
+
+def _wrong_magnitude(
+    module: str, magnitude: np.ndarray | None, config: Config
+) -> list[str]:
+    if config.use_dora and magnitude is None:
+        return [f"`{module}` has no `{MAGNITUDE}`, with `use_dora` in the {CONFIG}"]
+    if magnitude is not None and not config.use_dora:
+        return [f"`{module}` has a `{MAGNITUDE}`, without `use_dora` in the {CONFIG}"]
+    return []
 
 
 def _is_copy(name: str, config: Config) -> bool:

@@ -21,7 +21,7 @@ from .._model.paths import leaves_of, named
 from . import _config, _read
 from ._consumers import check_consumer, for_consumer, refuse_for
 from ._forms import form_of
-from ._layout import SUFFIXES
+from ._layout import MAGNITUDE, SUFFIXES
 from ._places import Place, places_of, wrappers
 from ._read import folder_of, PREFIX, TOKENS
 from ._save_form import of_form
@@ -185,7 +185,7 @@ def save(
         lora_bias=False,
         lora_dropout=_dropout(places) if lora_dropout is None else float(lora_dropout),
         task_type=task_type,
-        use_dora=False,
+        use_dora=_use_dora(updates, parameters),
         use_rslora=use_rslora,
     )
     tensors = _factors(updates, wrapped)
@@ -268,6 +268,22 @@ def _settings(
     )
 
 
+def _use_dora(updates: dict[str, ParameterUpdate], parameters: list[str]) -> bool:
+    """**Raises:** `ValueError` if some are of DoRA and some are not."""
+    dora = {name for name, update in updates.items() if update.magnitude is not None}
+    without = sorted(updates.keys() - dora)
+    if dora and without:
+        raise ValueError(
+            f"`{min(dora)}` is adapted by DoRA and `{without[0]}` is not, which PEFT "
+            "has for all of an adapter or for none of it."
+        )
+    if dora and parameters:
+        raise ValueError(
+            f"PEFT has no DoRA of `{parameters[0]}`, a single parameter of a module."
+        )
+    return bool(dora)
+
+
 def _alpha(update: ParameterUpdate, use_rslora: bool) -> int | float:
     root = math.sqrt(update.rank) if use_rslora else 1
     alpha = update.alpha / root
@@ -299,6 +315,8 @@ def _factors(updates: dict[str, ParameterUpdate], wrapped: dict[str, str]):
             )
         for suffix, x in zip(SUFFIXES[update.kind], (update.A, update.B)):
             out[f"{PREFIX}{module}.{suffix}"] = x
+        if update.magnitude is not None:
+            out[f"{PREFIX}{module}.{MAGNITUDE}"] = update.magnitude
     return out
 
 

@@ -122,6 +122,12 @@ def of_alias(update: ParameterUpdate, alias: Alias) -> ParameterUpdate:
             f"`{alias.source}` is also `{alias.name}`. PEFT ties an embedding and a "
             "linear layer, and no others."
         )
+    if update.magnitude is not None:
+        raise ValueError(
+            f"`{alias.source}` is also `{alias.name}`, and is adapted by DoRA: PEFT "
+            "gives the embedding a magnitude for each feature and the head one for "
+            "each token, which are not those of one array."
+        )
     kind = "embedding" if alias.is_embedding else "linear"
     # (rank, vocabulary) and (dimension, rank), or (rank, in) and (out, rank).
     return update._replace(kind=kind, A=update.B.T, B=update.A.T)
@@ -178,7 +184,8 @@ def _is_same(adapter: PeftAdapter, one: str, other: str) -> bool:
 
 def _are_turned(x: Factors, y: Factors) -> bool:
     turned = np.array_equal(x.A, y.B.T) and np.array_equal(x.B, y.A.T)
-    return turned and x.is_embedding != y.is_embedding
+    dora = x.magnitude is not None or y.magnitude is not None
+    return turned and not dora and x.is_embedding != y.is_embedding
 
 
 def _drop_update(alias: Alias, updates: dict[str, Factors], config: Config):

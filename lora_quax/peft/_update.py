@@ -9,11 +9,12 @@ from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._disk.exchange import same_bits, to_numpy
+from .._forms.dora import DoRA
 from .._model.names import split
 from .._model.paths import named
-from ._layout import Kind, kind_of, to_peft
+from ._layout import Kind, kind_of, magnitude_shape, per_of, to_peft
 from ._places import Place
-from ._whole import has_own_base
+from ._whole import has_own_base, lora_of
 
 
 class ParameterUpdate(NamedTuple):
@@ -24,6 +25,7 @@ class ParameterUpdate(NamedTuple):
     B: np.ndarray
     rank: int
     alpha: float
+    magnitude: np.ndarray | None = None  # of DoRA
 
 
 UNCHANGED = object()  # In place of an initial update that left the base as it was.
@@ -47,14 +49,17 @@ def updates_of(place: Place, initial: Any) -> dict[str, ParameterUpdate]:
                 "`names={'': 'layer'}` puts the whole model into a module"
             )
         kind = kind_of(place.leaf, place.shape, place.transposed)
-        delta = _delta(place.leaf.value, place, kind)
+        lora = lora_of(place.leaf.value)
+        delta = _delta(lora, place, kind)
+        magnitude = _magnitude(place, kind)
         a, b = (to_numpy(place.path, x) for x in (delta.a, delta.b))
         rank, alpha = delta.rank, delta.alpha
         if initial is not UNCHANGED:
+            initial = lora_of(initial)
             first = _delta(initial, place, kind)
             if (first.rank, first.alpha) != (rank, alpha):
                 raise ValueError("`initial` has another rank or alpha for it")
-            if not same_bits(place.leaf.value.base, initial.base):
+            if not same_bits(lora.base, initial.base):
                 raise ValueError("its base is not the one that it has in `initial`")
             a0, b0 = (to_numpy(place.path, x) for x in (first.a, first.b))
             a = np.concatenate([a, a0], axis=a.ndim - 1 - delta.cols)
@@ -68,11 +73,30 @@ def updates_of(place: Place, initial: Any) -> dict[str, ParameterUpdate]:
     for index, name in place.names.items():
         # A layer of several that has no update, as `load` leaves it.
         is_empty = index and not (a[index].any() or b[index].any())
-        if is_empty and not has_own_base(place):
+        if is_empty and magnitude is None and not has_own_base(place):
             continue
         A, B = to_peft(kind, a[index], b[index], place.transposed)
-        out[name] = ParameterUpdate(kind, A, B, rank, alpha)
+        m = None
+        if magnitude is not None:
+            shape = magnitude_shape(kind, place.shape, place.transposed)
+            m = magnitude[index].reshape(shape)
+        out[name] = ParameterUpdate(kind, A, B, rank, alpha, m)
     return out
+
+
+def _magnitude(place: Place, kind: Kind) -> np.ndarray | None:
+    """The magnitudes of a weight that is adapted by DoRA, as they are here."""
+    x = place.leaf.value
+    if not isinstance(x, DoRA):
+        return None
+    magnitude_shape(kind, place.shape, place.transposed)  # Whether PEFT has any.
+    per = per_of(kind, place.transposed)
+    if x.per != per:
+        raise ValueError(
+            f"it has a magnitude for each of its {x.per}; PEFT has one for each of "
+            f"its {per}"
+        )
+    return to_numpy(place.path, x.magnitude)
 
 
 def _delta(x, place: Place, kind: Kind) -> LowRankArray:

@@ -1,7 +1,7 @@
 """What PEFT writes whole: biases, and modules that are trained in full."""
 
 from collections.abc import Set
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import numpy as np
@@ -10,6 +10,7 @@ import quax
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray
 from .._disk.exchange import to_numpy
+from .._forms.dora import DoRA
 from .._model.names import is_in, split
 from .._model.paths import named
 from ._places import Place
@@ -93,15 +94,20 @@ def modules_of(places: list[Place]) -> set[str]:
     return {".".join(x[: i + 1]) for x in segments for i in range(len(x))} - {""}
 
 
+def lora_of(x: Any) -> Any:
+    """The weight and its update, of which a `DoRA` has the norms besides."""
+    return x.lora if isinstance(x, DoRA) else x
+
+
 def has_own_base(place: Place) -> bool:
     """Whether the base of an update may not be that of the model that was adapted."""
-    x = place.leaf.value
+    x = lora_of(place.leaf.value)
     return isinstance(x.base, FullArray) or not x.stop_gradient
 
 
 def value_of(place: Place, index: tuple[int, ...], conv1d: bool) -> np.ndarray:
     """What a parameter itself is now, in PyTorch's layout: see `Place.to_torch`."""
-    x = place.leaf.value
+    x = lora_of(place.leaf.value)
     x = x.base if isinstance(x, LoraArray) else x
     x = x.value if isinstance(x, FullArray) else x
     if isinstance(x, quax.Value):
