@@ -63,9 +63,10 @@ def save(
 
     Low-rank updates are written as such, and those of LoHa, LoKr, VeRA and IA³ as
     these; an adapter is of one form. `Rows` of an embedding are written beside LoRA. An
-    array trained in full is written with the module that it is part of, among `modules_to_save`; a bias alone by PEFT's modes
-    `bias="lora_only"` or `"all"`. In these an array that was not trained is written as
-    it is. Each tensor has the dtype that it has in the model.
+    array trained in full is written with the module that it is part of, among
+    `modules_to_save`; a bias alone by PEFT's modes `bias="lora_only"` or `"all"`. In
+    these an array that was not trained is written as it is. Each tensor has the dtype
+    that it has in the model.
 
     A matrix of no known layer is taken for the weight of an `nn.Linear` if its name
     ends in `weight`, and for a parameter of its own (`target_parameters`) otherwise;
