@@ -109,13 +109,13 @@ _conv = ["line", "plane", "grouped"]
 _linear = ["up", "blocks.0", "blocks.1", "down"]
 _all = dict.fromkeys([*_conv, "up", "blocks", "down"], True)
 _line = {"up": True, "blocks": True, "down": True}
-_saved = dict(modules_to_save=["head"])
+_head: Any = dict(modules_to_save=["head"])
 _lokr = lambda **options: Adapt(update=ft.partial(LoKr.init, **options))
 _ia3 = lambda side: Adapt(update=ft.partial(IA3.init, feedforward=side))
 
 CASES = {
     "loha": Case(
-        peft.LoHaConfig(r=3, alpha=5, target_modules=[*_conv, *_linear], **_saved),
+        peft.LoHaConfig(r=3, alpha=5, target_modules=[*_conv, *_linear], **_head),
         {**_all, "head": "full"},
     ),
     "loha, several ranks": Case(
@@ -129,7 +129,7 @@ CASES = {
         {**_line, "down": 2, "up": Adapt(alpha=7.5)},
     ),
     "lokr": Case(
-        peft.LoKrConfig(r=1, alpha=5, target_modules=[*_conv, *_linear], **_saved),
+        peft.LoKrConfig(r=1, alpha=5, target_modules=[*_conv, *_linear], **_head),
         {**_all, "head": "full"},
         1,
     ),
@@ -150,7 +150,7 @@ CASES = {
         1,
     ),
     "vera": Case(
-        peft.VeraConfig(r=7, target_modules=_linear, **_saved),
+        peft.VeraConfig(r=7, target_modules=_linear, **_head),
         {**_line, "head": "full"},
         7,
     ),
@@ -158,7 +158,7 @@ CASES = {
         peft.IA3Config(
             target_modules=["plane", *_linear],
             feedforward_modules=["plane", "up", "down"],
-            **_saved,
+            **_head,
         ),
         {
             "plane": _ia3(True),

@@ -30,14 +30,14 @@ from lora_quax import (
 class Last(AbstractDelta):
     """A form of a user's own: nothing but the last row trains."""
 
-    row: jax.Array = role("row")
     above: int = eqx.field(static=True)
+    row: jax.Array = role("row")
 
     @classmethod
     def init(cls, shape, *, dtype, start=0.0):
         *_, rows, cols = shape
         row = jnp.full((*shape[:-2], cols), start, dtype)
-        return cls(row, rows - 1)
+        return cls(rows - 1, row)
 
     def lower(self):
         a = self.row[..., None, :]
@@ -204,6 +204,7 @@ def test_rows_of_a_tied_head():
 
     memory = grads.lower(params, rest).compile().memory_analysis()
     # Not even the one-hot columns.
+    assert memory is not None
     assert memory.temp_size_in_bytes < vocabulary * 4
 
 
@@ -226,7 +227,7 @@ REFUSED = {
     "no indices": (None, dict(update=Rows), "has to be told its `indices`"),
     "another option": (
         1,
-        dict(update=ft.partial(LoKr.init, fctor=1)),
+        dict(update=ft.partial(LoKr.init, fctor=1)),  # pyright: ignore
         "`LoKr.init` is none: .*'fctor'",
     ),
     "factor": (1, dict(update=ft.partial(LoKr.init, factor=0)), "`factor` must be a"),

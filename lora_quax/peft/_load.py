@@ -248,7 +248,7 @@ class _Fit:
             allow_materialise=self.allow_materialise,
         )
 
-    def _magnitude(self, place: Place, updates: dict[tuple, Factors | None]):
+    def _magnitude(self, place: Place, updates: dict[tuple, Any]):
         """The magnitudes of DoRA of an array, of each of its slices if it is stacked.
 
         **Raises:** `ValueError` if there are some and they do not fit it.
@@ -270,7 +270,7 @@ class _Fit:
                     f"{wanted}; those of `{place.names[index]}` have {x.shape}"
                 )
             found.append(x.ravel())
-        dtype = jnp.dtype(self.dtype or jnp.result_type(*found))
+        dtype = jnp.dtype(self.dtype or np.result_type(*found))
         self.problems += too_wide(f"{place.path}, its magnitudes", dtype)
         lead = aval_of(place.origin).shape[: -len(place.shape)]
         return jnp.asarray(np.stack(found).reshape(*lead, -1), dtype)
