@@ -71,7 +71,7 @@ class Config:
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     ensure_weight_tying: bool = False
-    lora_dropout: float = 0.0
+    lora_dropout: int | float = 0.0
     trainable_token_indices: Any = None  # a list, or one for each module
 
     def rank(self, name: str) -> int:
