@@ -99,7 +99,8 @@ def test_a_form_in_a_model(form, tmp_path):
     base = _Net(jr.key(0))
     model = _adapted(form, base)
     run = eqx.filter_jit(lambda model: quax.quaxify(model)(IDS))
-    np.testing.assert_array_equal(run(model), run(base))
+    # Two programs, of which XLA may round the sums otherwise; the weights are the same.
+    assert_close(run(model), run(base), rtol=1e-5, atol=1e-6)
     assert eqx.tree_equal(lora_quax.merge(model), base)
     assert eqx.tree_equal(lora_quax.unload(model), base)
 
