@@ -20,6 +20,7 @@ from .._disk.exchange import refuse_misfit, too_wide
 from .._forms.dora import DoRA
 from .._model.names import Names, split
 from .._model.paths import is_value, join, named
+from ._config import EMBEDDINGS
 from ._initial import INITIALISATIONS, reduced
 from ._layout import (
     from_peft,
@@ -201,8 +202,11 @@ class _Fit:
                 f"{named(place.path)} is targeted as `{name}`, for which there are no "
                 "tensors"
             )
-        # Without any the model's architecture says which they are.
-        if update is not None and not targeted and config.target_modules is not None:
+        # A head that is tied PEFT targets by itself; without any targets the model's
+        # architecture says which they are.
+        tied = config.ensure_weight_tying and module.split(".")[-1] in EMBEDDINGS
+        known = targeted or tied
+        if update is not None and not known and config.target_modules is not None:
             self.problems.append(
                 f"there are factors of `{name}`, which the configuration does not "
                 "target, so that PEFT would leave them out"

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._arrays.base import AdaptedArray, checked, make, replace
 from .._arrays.check import aval_of
-from .._arrays.lora import LoraArray
+from .._arrays.lora import unsummed
 from .._arrays.low_rank import LowRankArray
 from .._disk.files import AdapterError, read_json, refuse
 from .._forms.ia3 import IA3
@@ -87,9 +87,7 @@ class Other(NamedTuple):
             alike = place.shape, lead
             update = replace(update, shared=self.seen.setdefault(alike, update.shared))
         update = replace(update, allow_materialise=allow_materialise)
-        return checked(
-            make(LoraArray, base=base, delta=update, stop_gradient=True, stopped=False)
-        )
+        return checked(unsummed(base, update))
 
 
 def form_in(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ import quax
 from .._arrays.base import AdaptedArray, checked, is_adapted, make
 from .._arrays.check import default_dtype
 from .._arrays.full import FullArray
-from .._arrays.lora import LoraArray
+from .._arrays.lora import LoraArray, unsummed
 from .._disk.exchange import to_numpy
 from .._forms.rows import check_indices, Rows
 from .._model.names import split
@@ -103,6 +103,4 @@ def with_rows(
         indices=jnp.asarray(ids),
         allow_materialise=allow_materialise,
     )
-    return checked(
-        make(LoraArray, base=base, delta=delta, stop_gradient=True, stopped=False)
-    )
+    return checked(unsummed(base, delta))
