@@ -538,11 +538,11 @@ def test_an_interrupt_leaves_a_checkpoint(whole, tmp_path, monkeypatch, capsys):
         nonlocal calls
         calls += 1
         if calls == 6:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("in step 6")
         return before(*args)
 
     monkeypatch.setattr(Stepper, "step", step)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="in step 6"):
         train(config(tmp_path), sets(), stand(), resume=False)
     said = capsys.readouterr().err
     assert "stopped after step 5; `--resume` goes on" in said and "\r" not in said
