@@ -14,11 +14,21 @@ import numpy as np
 
 from .._arrays.base import is_adapted
 from .._arrays.check import aval_of
-from .paths import is_array, is_float, join, known_axes, Leaf, named, walk
+from .paths import (
+    is_array,
+    is_float,
+    is_linear,
+    join,
+    known_axes,
+    Leaf,
+    LINEAR_LAYERS,
+    named,
+    walk,
+)
+from .presets import PRESETS
 from .targets import (
     Adapt,
     ANY_PREFIX,
-    DEFAULT_LAYERS,
     Entry,
     read_spec,
     read_targets,
@@ -49,6 +59,8 @@ def select(model, targets: Targets | None) -> list[tuple[Leaf, Choice | None]]:
     leaves = walk(model)
     choices: list[Choice | None] = [None] * len(leaves)
     for entry in entries:
+        if entry.preset is not None:
+            entry = entry._replace(target=frozenset(PRESETS[entry.preset](leaves)))
         said: list[Treatment | None] = [_spec_for(entry, leaf) for leaf in leaves]
         if all(spec is None for spec in said) and entry.spec is not None:
             raise _nothing(entry, leaves)
@@ -65,6 +77,32 @@ def select(model, targets: Targets | None) -> list[tuple[Leaf, Choice | None]]:
         if choice is not None and choice.spec != "freeze":
             _check(leaf, choice)
     return [(leaf, choice) for leaf, choice in out if leaf.value is not None]
+
+
+def with_biases(
+    chosen: list[tuple[Leaf, Choice | None]], bias: str
+) -> list[tuple[Leaf, Choice | None]]:
+    """What becomes of the biases too, where no target says it: `bias` of `loraify`."""
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {bias!r}.")
+    trains = Choice("full", Entry(None, "full", f"bias={bias!r}"))
+    adapted = {
+        leaf.home
+        for leaf, choice in chosen
+        if choice is not None and isinstance(choice.spec, Adapt)
+    }
+
+    def means(leaf: Leaf) -> bool:
+        if not (
+            leaf.path.rpartition(".")[2].startswith("bias") and is_float(leaf.value)
+        ):
+            return False
+        return bias == "all" or bias == "lora_only" and leaf.home in adapted
+
+    return [
+        (leaf, trains if choice is None and means(leaf) else choice)
+        for leaf, choice in chosen
+    ]
 
 
 def _spec_for(entry: Entry, leaf: Leaf) -> Treatment | None:
@@ -97,11 +135,14 @@ def _selects_weight(entry: Entry, leaf: Leaf) -> bool:
         if literal and (leaf.value is None or is_array(leaf.value)):
             return True
         return _can_adapt(leaf)
+    if isinstance(entry.target, frozenset):
+        inside = any(path in entry.target for path, _ in leaf.modules)
+        return inside and is_linear(leaf) and _can_adapt(leaf)
     if not any(isinstance(module, entry.target) for _, module in leaf.modules):
         return False
     if leaf.layer is not None:
         layer = leaf.layer[1]
-        return isinstance(layer, (entry.target, DEFAULT_LAYERS)) and _can_adapt(leaf)
+        return isinstance(layer, (entry.target, LINEAR_LAYERS)) and _can_adapt(leaf)
     held = isinstance(leaf.holder, entry.target) and known_axes(leaf.holder) is None
     return held and _can_adapt(leaf)
 
@@ -126,6 +167,8 @@ def _selects_array(entry: Entry, leaf: Leaf) -> bool:
             return leaf.value is None or is_array(leaf.value)
         paths = [leaf.path, *(path for path, _ in leaf.modules)]
         means = any(map(entry.target.fullmatch, paths))
+    elif isinstance(entry.target, frozenset):
+        means = any(path in entry.target for path, _ in leaf.modules)
     else:
         modules = [module for _, module in leaf.modules]
         means = any(isinstance(module, entry.target) for module in modules)
