@@ -34,6 +34,7 @@ from .._forms.dora import DoRA
 from ..init import Initialiser
 from .habits import answers_peft
 from .paths import is_value, Leaf, named, words
+from .placed import beside_base
 from .select import select, with_biases
 from .targets import Adapt, check_dora, Targets
 from .updates import read_update
@@ -134,6 +135,9 @@ def loraify(
     - `bias`: which biases train in full where `targets` says nothing of them: `"none"`,
         `"all"`, or `"lora_only"`, those of the layers that are adapted.
 
+    On a mesh what trains of a weight is laid out as the weight's own axes are, and its
+    rank is on every device; `Adapt(spec=...)` says otherwise.
+
     **Returns:** the model with a `LoraArray` in place of each adapted weight, or a
     `DoRA`, or what another form of update makes of it, and a `FullArray` in place of
     each that trains in full.
@@ -196,7 +200,8 @@ def loraify(
         if not is_update[i]:
             if rate:
                 raise ValueError(_no_dropout(leaf, plans[i]))
-            leaves[i] = _around(base, plans[i], folds[i], key)
+            around = _around(base, plans[i], folds[i], key)
+            leaves[i] = beside_base(leaf.path, around, choice.spec.spec)
             continue
         lora = unsummed(
             base,
@@ -206,7 +211,8 @@ def loraify(
         )
         if not isinstance(deltas[i], LowRankArray):
             checked(lora)
-        leaves[i] = _with_magnitude(lora, leaf, choice.spec, defaults)
+        out = _with_magnitude(lora, leaf, choice.spec, defaults)
+        leaves[i] = beside_base(leaf.path, out, choice.spec.spec)
     return jax.tree.unflatten(treedef, leaves)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from .._arrays.check import (
     check_alpha,
@@ -46,6 +47,8 @@ class Adapt:
         `LoraArray`.
     - `update`: the form of the update, as for `loraify`.
     - `use_dora`, `use_rslora`: as for `loraify`.
+    - `spec`: how what trains of the weight lies on the mesh of the weight, said as the
+        partition spec of a weight: by default as the weight does itself.
     - `rows`, `cols`: how many axes of the weight are rows, and how many are columns,
         counted from the end; those before them are batch, with separate factors for
         each index. By default that of the layer; one and one for an array outside a
@@ -76,6 +79,7 @@ class Adapt:
     update: Any = None
     use_dora: bool | Callable | None = None
     use_rslora: bool | None = None
+    spec: PartitionSpec | None = None
 
     def __post_init__(self):
         if self.rank is not None:
@@ -100,6 +104,10 @@ class Adapt:
             check_dora(self.use_dora)
         if self.use_rslora is not None:
             check_flag("use_rslora", self.use_rslora)
+        if self.spec is not None and not isinstance(self.spec, PartitionSpec):
+            raise TypeError(
+                f"`spec` must be a `jax.sharding.PartitionSpec`, got {self.spec!r}."
+            )
         for name in ("rows", "cols"):
             n = getattr(self, name)
             if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
