@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lora_quax
 from lora_quax import Adapt, loraify
+from lora_quax._arrays.base import base_of, is_adapted
 
 
 WHOLE = P()
@@ -158,7 +159,7 @@ def test_what_is_on_one_device_stays_there():
     "spec, match",
     [
         (P("fsdp", "sp"), r"64, 16\), cannot lie as.*the mesh has no axis 'sp'"),
-        (P(None, None, "tp"), r"`layers\.0\.weight`.*: the weight has 2 axes"),
+        (P(None, None, "tp"), r"`layers\.0\.weight`.*: it has 2 axes"),
         (P(("fsdp", "tp"), "tp"), r"an axis of the mesh is there twice"),
         (P("three"), r"`layers\.0\.weight`.*: 3 parts do not divide 64"),
     ],
@@ -168,6 +169,82 @@ def test_specs_that_do_not_fit(spec, match):
     model = sharded(mlp(), mesh, P("fsdp", "tp"))
     with pytest.raises(ValueError, match=match):
         loraify(model, 2, jr.key(1), targets={eqx.nn.Linear: Adapt(spec=spec)})
+
+
+RULES = {  # for an MLP: its arrays, by path
+    "by layer": (
+        {r"layers\.\d": P("fsdp", "tp"), "bias": P("tp")},
+        {
+            "layers.0.weight": P("fsdp", "tp"),
+            "layers.1.weight": P("fsdp", "tp"),
+            "layers.0.bias": P("tp"),
+            "layers.1.bias": P("tp"),
+        },
+    ),
+    "the last one decides": (
+        {r".*weight": P("fsdp"), "layers.1": P(None, "tp")},
+        {"layers.0.weight": P("fsdp"), "layers.1.weight": P(None, "tp")},
+    ),
+    "none": ({}, {}),
+}
+CHANGED = {  # What is laid out.
+    "plain": lambda model: model,
+    "adapted": lambda model: loraify(model, 2, jr.key(1)),
+    "DoRA": lambda model: loraify(model, 2, jr.key(1), use_dora=True),
+    "abstract": lambda model: eqx.filter_eval_shape(lambda: model),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("name", RULES)
+def test_a_model_is_laid_out_by_rules(name, change):
+    rules, expected = RULES[name]
+    mesh = mesh_of()
+    model = CHANGED[change](mlp())
+    laid = lora_quax.shard(model, mesh, rules)
+    if change != "abstract":
+        assert eqx.tree_equal(laid, model)
+    for i, layer in enumerate(laid.layers):
+        for field in ("weight", "bias"):
+            x = getattr(layer, field)
+            spec = expected.get(f"layers.{i}.{field}", WHOLE)
+            base = base_of(x) if is_adapted(x) else x
+            to = NamedSharding(mesh, spec)
+            assert base.sharding.is_equivalent_to(to, base.ndim)
+    if change in ("adapted", "DoRA"):
+        wanted = CHANGED[change](lora_quax.shard(mlp(), mesh, rules))
+        arrays = eqx.filter((laid, wanted), eqx.is_array)
+        for x, y in zip(*map(jax.tree.leaves, arrays), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+WRONG_RULES = [
+    ({"layer.0": P("fsdp")}, r"'layer\.0' means no array\. Near it are"),
+    ({"weight": P("sp")}, r"`layers\.0\.weight`, meant by.*no axis 'sp'"),
+    ({"bias": P("fsdp", "tp")}, r"`layers\.0\.bias`.*it has 1 axes"),
+]
+
+
+@pytest.mark.parametrize("rules, match", WRONG_RULES)
+def test_rules_that_do_not_fit(rules, match):
+    with pytest.raises(ValueError, match=match):
+        lora_quax.shard(mlp(), mesh_of(), rules)
+
+
+def test_adapters_are_loaded_to_where_bases_lie(tmp_path):
+    plain = mlp()
+    adapted = loraify(plain, 2, jr.key(1), init_b=jax.nn.initializers.normal())
+    lora_quax.save_adapter(tmp_path / "a.safetensors", adapted)
+    lora_quax.peft.save(tmp_path / "peft", adapted)
+    on_mesh = lora_quax.shard(plain, mesh_of(), {"weight": P("fsdp", "tp")})
+    for loaded in (
+        lora_quax.load_adapter(tmp_path / "a.safetensors", on_mesh),
+        lora_quax.peft.load(tmp_path / "peft", on_mesh),
+    ):
+        w = loaded.layers[0].weight
+        assert w.a.sharding.spec == P(None, "tp")
+        assert w.b.sharding.spec == P("fsdp", None)
+        assert eqx.tree_equal(loaded, adapted)
 
 
 def gathered(text: str) -> set[int]:

@@ -7,12 +7,13 @@ import jax
 import jax.tree_util as jtu
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
-from .._arrays.base import base_of, with_base
+from .._arrays.base import base_of, is_adapted, with_base
 from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
 from .._rules.leaves import leaf_specs
-from .paths import named
+from .paths import dotted, named
 
 
 def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
@@ -38,27 +39,45 @@ def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
             f"{named(where)} lies on no mesh, and what trains of it is to lie as "
             f"{spec}. Put the weight on the mesh first, or leave `spec` out."
         )
-    spec = sharding.spec if spec is None else _checked(where, spec, base, sharding)
-    entries = (*spec, *(None,) * (len(aval_of(base).shape) - len(spec)))
+    shape, mesh = tuple(aval_of(base).shape), sharding.mesh
+    if spec is None:
+        spec = sharding.spec
+    else:
+        check_spec(f"What trains of {named(where)}", spec, shape, mesh)
+    entries = (*spec, *(None,) * (len(shape) - len(spec)))
 
     def place(x):
-        if isinstance(x, LowRankArray) and aval_of(x).shape == aval_of(base).shape:
+        if isinstance(x, LowRankArray) and aval_of(x).shape == shape:
             leaves, treedef = jtu.tree_flatten(x)
             specs = leaf_specs(x, PartitionSpec(*entries))
             return jtu.tree_unflatten(treedef, map(put, leaves, specs))
         if isinstance(x, LowRankArray):  # Of a part of the weight, as LoKr's.
             return jtu.tree_map(lambda leaf: put(leaf, PartitionSpec()), x)
-        return put(x, _spec_of_leaf(x.shape, aval_of(base).shape, entries))
+        return put(x, _spec_of_leaf(x.shape, shape, entries))
 
     def put(x, spec: PartitionSpec):
-        to = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to)
-        return jax.reshard(x, to) if isinstance(x, Tracer) else jax.device_put(x, to)
+        to = NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
+        return jax.reshard(x, to) if isinstance(x, Tracer) else put_on(x, to)
 
     bare = with_base(w, None)
     placed = jtu.tree_map(place, bare, is_leaf=lambda x: isinstance(x, LowRankArray))
     return with_base(placed, base)
+
+
+def all_beside_bases(model: PyTree) -> PyTree:
+    """A model of which what trains lies where its bases do."""
+    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)
+    placed = [
+        beside_base(dotted(path), x, None) if is_adapted(x) else x for path, x in leaves
+    ]
+    return jtu.tree_unflatten(treedef, placed)
+
+
+def put_on(x: Any, sharding: NamedSharding) -> Any:
+    """An array, or a stand-in for one, laid out so."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.device_put(x, sharding)
 
 
 def _sharding_of(base: Any) -> NamedSharding | None:
@@ -80,25 +99,25 @@ def _spec_of_leaf(shape, of_weight, entries) -> PartitionSpec:
     return PartitionSpec(*(entry if n == m else None for n, m, entry in sizes))
 
 
-def _checked(where: str, spec: PartitionSpec, base: Any, sharding: NamedSharding):
-    shape, mesh = tuple(aval_of(base).shape), dict(sharding.mesh.shape)
+def check_spec(what: str, spec: PartitionSpec, shape: tuple[int, ...], mesh) -> None:
+    """**Raises:** `ValueError` if an array of that shape cannot lie so on the mesh."""
+    sizes = dict(mesh.shape)
     named_axes = [x if isinstance(x, tuple) else (x,) for x in spec]
     axes = [axis for entry in named_axes for axis in entry if axis is not None]
     why = None
-    if unknown := [axis for axis in axes if axis not in mesh]:
+    if unknown := [axis for axis in axes if axis not in sizes]:
         why = f"the mesh has no axis {unknown[0]!r}"
     elif len(set(axes)) < len(axes):
         why = "an axis of the mesh is there twice"
     elif len(spec) > len(shape):
-        why = f"the weight has {len(shape)} axes"
+        why = f"it has {len(shape)} axes"
     else:
         for n, entry in zip(shape, named_axes):
-            parts = math.prod(mesh[axis] for axis in entry if axis is not None)
+            parts = math.prod(sizes[axis] for axis in entry if axis is not None)
             if n % parts:
                 why = f"{parts} parts do not divide {n}"
     if why is not None:
         raise ValueError(
-            f"What trains of {named(where)}, of shape {shape}, cannot lie as {spec} on "
-            f"the mesh {mesh}: {why}."
+            f"{what}, of shape {shape}, cannot lie as {spec} on the mesh {sizes}: "
+            f"{why}."
         )
-    return spec

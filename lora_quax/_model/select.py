@@ -30,6 +30,7 @@ from .targets import (
     Adapt,
     ANY_PREFIX,
     Entry,
+    read_pattern,
     read_spec,
     read_targets,
     Targets,
@@ -229,9 +230,15 @@ def _nothing(entry: Entry, leaves: list[Leaf]) -> ValueError:
             "nor an array, but a module that holds others. What can be adapted inside "
             f"it is meant by the regular expression {inside}"
         )
-    near = _near(entry, leaves)
-    hint = f"Near it are {_some(near)}." if near else _what_there_is(leaves)
+    wanted = entry.target if isinstance(entry.target, re.Pattern) else None
+    hint = _hint(wanted and entry.shown.strip("'\""), entry.is_name, leaves)
     return ValueError(f"{entry.shown} of `targets` matched nothing. {hint}")
+
+
+def nearest(target: str | re.Pattern, leaves: list[Leaf]) -> str:
+    """A sentence on what is near to a target that matched nothing."""
+    shown = target if isinstance(target, str) else target.pattern
+    return _hint(shown, read_pattern(target)[1], leaves)
 
 
 def _holder(entry: Entry, leaves: list[Leaf]) -> str | None:
@@ -242,15 +249,17 @@ def _holder(entry: Entry, leaves: list[Leaf]) -> str | None:
     return next(filter(entry.target.fullmatch, filter(None, paths)), None)
 
 
-def _near(entry: Entry, leaves: list[Leaf]) -> list[str]:
+def _hint(wanted: str | None, is_name: bool, leaves: list[Leaf]) -> str:
+    near = [] if wanted is None else _near(wanted, is_name, leaves)
+    return f"Near it are {_some(near)}." if near else _what_there_is(leaves)
+
+
+def _near(wanted: str, is_name: bool, leaves: list[Leaf]) -> list[str]:
     """Paths that resemble a pattern, compared over as many last segments as it has."""
-    if not isinstance(entry.target, re.Pattern):
-        return []
-    wanted = entry.shown.strip("'\"")
     n = wanted.count(".") + 1
     tails: dict[str, str] = {}
     for path in _paths(leaves):
-        tail = ".".join(path.split(".")[-n:]) if entry.is_name else path
+        tail = ".".join(path.split(".")[-n:]) if is_name else path
         tails.setdefault(tail, path)
     near = difflib.get_close_matches(wanted, tails, n=5, cutoff=0.5)
     return [f"`{tails[tail]}`" for tail in near]
