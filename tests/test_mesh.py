@@ -146,6 +146,9 @@ def test_a_quantised_base():
     weight = loraify(model, 2, jr.key(1)).layers[0].weight
     assert weight.b.sharding.spec == P("fsdp", None)
     assert weight.a.sharding.spec == P(None, None)
+    match = r"part of `layers\.0\.weight`.*QuantisedArray.*4 parts do not divide 2"
+    with pytest.raises(ValueError, match=match):
+        lora_quax.shard(model, mesh, {"layers.0": P(None, "fsdp")})
 
 
 def test_what_is_on_one_device_stays_there():

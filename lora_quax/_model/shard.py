@@ -18,9 +18,7 @@ from .select import nearest
 from .targets import read_pattern
 
 
-def shard(
-    model: PyTree, mesh: Mesh, rules: Mapping[str | re.Pattern, PartitionSpec]
-) -> PyTree:
+def shard(model: PyTree, mesh: Mesh, rules: Mapping[Any, PartitionSpec]) -> PyTree:
     """Lays the arrays of a model out on a mesh. The model is not changed.
 
     ```python
@@ -90,6 +88,11 @@ def _laid(path: str, x: Any, sharding: NamedSharding) -> Any:
     if is_adapted(x):
         base = _laid(path, base_of(x), sharding)
         return beside_base(path, with_base(x, base), None)
+    if not is_value(x):
+        return put_on(x, sharding)
     leaves, treedef = jax.tree.flatten(x)
-    shardings = leaf_shardings(x, sharding) if is_value(x) else [sharding]
+    shardings = leaf_shardings(x, sharding)
+    for leaf, of_leaf in zip(leaves, shardings):  # Such as the scales of its tiles.
+        what = f"A part of {named(path)}, which is a {type(x).__name__}"
+        check_spec(what, of_leaf.spec, leaf.shape, sharding.mesh)
     return jax.tree.unflatten(treedef, map(put_on, leaves, shardings))
