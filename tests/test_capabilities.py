@@ -292,7 +292,7 @@ def lookups_casts_and_a_tied_head():
 def an_optimiser_of_the_whole_model():
     """What is frozen has neither state nor updates, though the optimiser has it."""
     adam = optax.adamw(1e-2)
-    each = {"a": adam, "b": adam, "full": adam, "frozen": optax.set_to_zero()}
+    each: Any = {"a": adam, "b": adam, "full": adam, "frozen": optax.set_to_zero()}
     optim = optax.multi_transform(each, lora_quax.labels)
     model = adapt(targets={eqx.nn.Linear: True, "bias": "full"})
 
