@@ -1,4 +1,4 @@
-"""The notebooks run, those of pretrained models cut short, where what they need is there.
+"""The notebooks run, those of pretrained models cut short, where that can be.
 
 `.ci/run` runs them so on fresh environments, and the quickstart too.
 """
