@@ -369,17 +369,15 @@ def of_flax(path, array):
     return Adapt(rows=array.ndim - 1, cols=1)
 
 
-def trains_like_its_merged(apply, params):
-    """Values and gradients of the factors, against those of dense kernels."""
+def like_its_merged(transform, apply, params):
+    """A function of the factors that train, and that with dense kernels."""
     model = loraify(params, 2, KEY, targets=of_flax, init_b=normal)
     train, rest = lora_quax.partition(model)
     whole = lambda train: eqx.combine(train, rest)
-    factored = jax.jit(lambda train: quax.quaxify(apply)(whole(train)))
-    dense = jax.jit(lambda train: apply(lora_quax.merge(whole(train))))
-    close(factored(train), dense(train))
-    assert not np.allclose(factored(train), apply(params), atol=1e-3)
-    of = lambda f: jax.jit(jax.grad(lambda train: jnp.sum(f(train) ** 2)))(train)
-    for x, y in zip(jax.tree.leaves(of(factored)), jax.tree.leaves(of(dense))):
+    factored = lambda train: quax.quaxify(apply)(whole(train))
+    dense = lambda train: apply(lora_quax.merge(whole(train)))
+    outs = [jax.jit(transform(f))(train) for f in (factored, dense)]
+    for x, y in zip(*map(jax.tree.leaves, outs), strict=True):
         close(x, y, rtol=1e-3, atol=1e-3)
 
 
@@ -407,7 +405,7 @@ def parameters_of_linen():
     model = loraify(params, 2, KEY, targets=of_flax)["params"]
     assert model["conv"]["kernel"].b.shape == (3, 6, 2)
     assert model["attention"]["query"]["kernel"].a.shape == (2, 2, 4)
-    trains_like_its_merged(lambda params: net.apply(params, IDS), params)
+    like_its_merged(lambda f: f, lambda params: net.apply(params, IDS), params)
     encode = lambda params: net.apply(params, IDS, method="encode")
     encoded = jax.jit(quax.quaxify(encode))({"params": model})
     close(encoded, jax.jit(encode)(params))  # A fresh update changes nothing.
@@ -424,7 +422,8 @@ def parameters_of_nnx():
     )
     graph, state = nnx.split(net)
     apply = lambda params: nnx.merge(graph, params)(IDS[None])
-    trains_like_its_merged(apply, nnx.to_pure_dict(state))
+    both = lambda f: jax.value_and_grad(lambda train: jnp.sum(f(train) ** 2))
+    like_its_merged(both, apply, nnx.to_pure_dict(state))
 
 
 @pytest.mark.parametrize(
