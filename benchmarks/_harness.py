@@ -166,7 +166,7 @@ def measure(
     - `cold`: whether JAX forgets before each row what it has traced for others. Times
         to trace and to lower are true only then.
 
-    **Raises:** `RuntimeError` if the rows with `adapted` set do not compute the same.
+    **Raises:** `RuntimeError` if rows that are `adapted` alike do not compute the same.
     """
     present = [row for row in rows if not isinstance(row, Absent)]
     runners = []
@@ -184,8 +184,9 @@ def measure(
 def _time(runners: list[Runner], rows: list[Row | External], rounds: int, rtol: float):
     for runner in tqdm(runners, "warming up", leave=False):
         runner.measurement.checks = [runner.step()[1] for _ in range(runner.warm_up)]
-    adapted = [r.measurement for r, row in zip(runners, rows) if row.adapted]
-    check_agreement(adapted, rtol)
+    for model in {row.adapted for row in rows if row.adapted}:
+        alike = [r.measurement for r, row in zip(runners, rows) if row.adapted == model]
+        check_agreement(alike, rtol)
     order = random.Random(0)
     for _ in tqdm(range(rounds), "rounds", leave=False):
         for runner in order.sample(runners, len(runners)):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,26 @@ class Process:
     and the `loss` of a step.
 
     ```python
-    with Process(interpreter, script, dict(model=model, x=x, y=y)) as peer:
+    inputs = dict(model=model, x=x, y=y)
+    with Process(interpreter, script, inputs, write=save_adapter) as peer:
         time, loss = peer.step()
     ```
     """
 
-    def __init__(self, interpreter: str | Path, script: Path, inputs: PyTree):
+    def __init__(
+        self,
+        interpreter: str | Path,
+        script: Path,
+        inputs: PyTree,
+        write: Callable[[Path], None],
+    ):
         """**Arguments:**
 
         - `interpreter`: the Python to run the script with.
         - `script`: the script.
         - `inputs`: what it computes with: arrays and numbers, which it finds in the
             file under their paths, such as `model.norm.weight`.
+        - `write`: leaves what else it needs in the folder of that file.
 
         What the script says when it is ready is kept as `ready`.
 
@@ -40,6 +49,7 @@ class Process:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         np.savez(folder / "inputs.npz", **_by_path(inputs))
+        write(folder)
         # In a file, which cannot fill up as a pipe does.
         self._errors = folder / "stderr"
         with self._errors.open("wb") as errors:

@@ -118,6 +118,15 @@ def make(size: Size, key: PRNGKeyArray, dtype=jnp.float32):
     return model, lora_quax.loraify(model, size.rank, lora_key, init_b=init_b), data
 
 
+def perturbed(model: Transformer, key: PRNGKeyArray) -> Transformer:
+    """An adapted model of which all that trains has moved a little, and is not zero."""
+    params, rest = lora_quax.partition(model)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jr.split(key, len(leaves))
+    moved = [x + 0.02 * jr.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys)]
+    return eqx.combine(jax.tree.unflatten(treedef, moved), rest)
+
+
 def factors(size: Size) -> int:
     """How many numbers the factors hold."""
     return size.layers * size.rank * sum(m + n for m, n in _linears(size))

@@ -32,15 +32,16 @@ class Row:
 
     Every array is an argument, for XLA would fold constants. `state` is donated and fed
     back, as in a training loop; `fixed` (frozen weights and data) is lent every time.
-    `check` is a number, a loss for instance, in which rows that are `adapted` have to
-    agree.
+    `check` is a number, a loss for instance, in which rows that are `adapted` alike
+    have to agree.
     """
 
     name: str
     step: Callable
     state: Any
     fixed: Any
-    adapted: bool = False  # Rows that compute the same adapted model.
+    # Rows of one value compute the same adapted model, True being one; False is none.
+    adapted: bool | str = False
     facts: Mapping[str, float] = field(
         default_factory=dict
     )  # What is known beforehand.
@@ -52,7 +53,7 @@ class External:
 
     name: str
     start: Callable[[], Process]
-    adapted: bool = False
+    adapted: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def full(model: PyTree, loss_fn: Callable, data) -> Row:
     return training("full fine-tuning", program(partitioned, loss_fn), data)
 
 
-def training(name: str, program: Program, data, adapted: bool = False) -> Row:
+def training(name: str, program: Program, data, adapted: bool | str = False) -> Row:
     """A step of Adam on the parameters of a program."""
     optim = optax.adam(LEARNING_RATE)
     opt_state = optim.init(program.params)

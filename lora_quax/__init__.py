@@ -31,6 +31,7 @@ from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
 from ._model.quantise import dequantise as dequantise, quantise as quantise
 from ._model.rebase import rebase as rebase
+from ._model.shard import shard as shard
 from ._model.summary import summary as summary
 from ._model.targets import Adapt as Adapt
 from ._model.training import (
@@ -83,6 +84,7 @@ __all__ = [
     "role",
     "save_adapter",
     "save_model",
+    "shard",
     "summary",
     "trainable",
     "unload",

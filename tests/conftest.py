@@ -10,10 +10,10 @@ import os
 import random
 
 
-# Before JAX is imported: `shard_map` is tested on two devices, wherever the tests run.
+# Before JAX is imported: meshes are tested on eight devices, wherever the tests run.
 # A program of a test runs once or twice, so what counts is how fast it compiles.
 _flags = (
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0 "
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true"
 )
 os.environ["XLA_FLAGS"] = f"{_flags} {os.environ.get('XLA_FLAGS', '')}".strip()

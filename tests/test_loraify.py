@@ -457,8 +457,6 @@ HABITS = [
     (dict(target_modules=["layers"]), "`target_modules` is `targets` here"),
     (dict(lora_dropout=0.1), "`lora_dropout` is `dropout` here"),
     (dict(modules_to_save=["head"]), r'"lm_head": "full"'),
-    (dict(bias="all"), r'"bias": "full"'),
-    (dict(use_rslora=True), r"alpha=lora_alpha \* rank\*\*0\.5"),
     (dict(r=8, lora_alpha=16), r"(?s)`r` is `rank`.*\n`lora_alpha` is `alpha`"),
     (dict(task_type="CAUSAL_LM"), "`task_type` has no meaning here"),
 ]
@@ -477,17 +475,3 @@ def test_other_arguments_are_unexpected():
         loraify(mlp(), 2, jr.key(0), alhpa=1)  # pyright: ignore
     with pytest.raises(TypeError, match="unexpected keyword argument 'alhpa'"):
         Adapt(alhpa=1)  # pyright: ignore
-
-
-def test_all_linear():
-    model = {"conv": conv(), "mlp": mlp()}
-    want = loraify(model, 2, jr.key(1), targets=eqx.nn.Linear)
-    for targets in ("all-linear", ["all-linear"], {"all-linear": 2}):
-        assert eqx.tree_equal(loraify(model, 2, jr.key(1), targets=targets), want)
-    but = ["all-linear", ("layers.2", "freeze")]
-    assert list(adapted(loraify(mlp(), 2, jr.key(1), targets=but))) == [
-        "layers.0.weight",
-        "layers.1.weight",
-    ]
-    with pytest.raises(ValueError, match="'all-linear' of `targets` matched nothing"):
-        loraify(conv(), 2, jr.key(1), targets="all-linear")

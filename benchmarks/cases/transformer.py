@@ -119,7 +119,7 @@ def rows(size: Size, torch: str) -> list[Row | External | Absent]:
         _work.frozen(model, loss_fn, data),
         _work.strict_floor(model, loss_fn, data),
         *(_peer(file, name, model, adapted, data) for file, name in PEERS.items()),
-        _torch(torch, size, model, adapted, data),
+        torch_row(TORCH, torch, size, model, adapted, data),
         _work.full(model, loss_fn, data),
         *_work.ours(adapted, loss_fn, data),
     ]
@@ -135,22 +135,36 @@ def _peer(file: str, name: str, model, adapted, data) -> Row | Absent:
     return training(name, module.program(model, adapted, *loss), data, adapted=True)
 
 
-def _torch(
-    interpreter: str, size: Size, model: Transformer, adapted: Transformer, data
+def torch_row(
+    name: str,
+    interpreter: str,
+    size: Size,
+    model: Transformer,
+    adapted: Transformer,
+    data,
+    *,
+    alike: bool | str = True,
 ) -> External | Absent:
+    """The step in PEFT, with the updates of an adapted model in a file of PEFT's.
+
+    `alike` is the `adapted` of the row.
+    """
     try:
         check_imports(interpreter, "torch", "peft")
     except ImportError as e:
-        return Absent(TORCH, str(e))
+        return Absent(name, str(e))
     inputs = dict(
         model=model,
-        factors=lora_quax.partition(adapted)[0],
         x=data[0],
         y=data[1],
         heads=size.heads,
-        rank=size.rank,
         learning_rate=_work.LEARNING_RATE,
         cores=_work.cores(),
     )
+
+    def write(folder: Path) -> None:
+        lora_quax.peft.save(folder / "adapter", adapted)
+
     script = Path(peers.__file__).parent / "torch_peft.py"
-    return External(TORCH, lambda: Process(interpreter, script, inputs), adapted=True)
+    start = lambda: Process(interpreter, script, inputs, write)
+    return External(name, start, alike)

@@ -3,10 +3,10 @@
 JAX is not imported here: the two libraries may live in different environments, and
 their pools of threads do not share a process. `_process.Process` is the other end.
 
-The file holds `x`, `y`, `heads`, `rank`, `learning_rate`, `cores`, and the leaves of
-the Equinox model and of our factors under their paths, such as
-`model.blocks.0.q.weight` and `factors.blocks.0.q.weight.delta.a`. A line of JSON says
-what runs; from then on, every line read is answered by a step, with its time and loss.
+The file holds `x`, `y`, `heads`, `learning_rate`, `cores`, and the leaves of the
+Equinox model under their paths, such as `model.blocks.0.q.weight`. Beside it is a
+folder `adapter`, in PEFT's format. A line of JSON says what runs; from then on, every
+line read is answered by a step, with its time and loss.
 """
 
 # It may not be installed.
@@ -16,15 +16,13 @@ import json
 import platform
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import peft
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-
-LINEAR = ["q", "k", "v", "o", "up", "down"]
 
 
 class Block(nn.Module):
@@ -72,29 +70,17 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-def adapt(inputs: dict[str, np.ndarray]) -> peft.PeftModel:
-    """The model with our factors, in the layers that PEFT puts round its own."""
-    weights, factors = _below("model.", inputs), _below("factors.", inputs)
+def adapt(inputs: dict[str, np.ndarray], adapter: Path) -> peft.PeftModel:
+    """The model, with the updates that a folder has, which train."""
+    weights = {
+        name.removeprefix("model."): torch.from_numpy(value)
+        for name, value in inputs.items()
+        if name.startswith("model.")
+    }
     layers = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
     model = Transformer(layers, len(weights["norm.weight"]), int(inputs["heads"]))
     model.load_state_dict(weights)  # The names, and the order (out, in), are Equinox's.
-    rank = int(inputs["rank"])
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR)
-    adapted = peft.get_peft_model(model, config)
-    renamed = {}
-    for path, factor in factors.items():
-        layer, _, name = path.partition(".weight.delta.")
-        renamed[f"base_model.model.{layer}.lora_{name.upper()}.weight"] = factor
-    peft.set_peft_model_state_dict(adapted, renamed)
-    return adapted
-
-
-def _below(prefix: str, inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): torch.from_numpy(value)
-        for name, value in inputs.items()
-        if name.startswith(prefix)
-    }
+    return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
 
 
 def _say(**answer) -> None:
@@ -109,7 +95,7 @@ def main() -> None:
         inputs = dict(file)
     torch.set_num_threads(int(inputs["cores"]))
     x, y = torch.from_numpy(inputs["x"]), torch.from_numpy(inputs["y"])
-    model = adapt(inputs)
+    model = adapt(inputs, Path(sys.argv[1]).parent / "adapter")
     optim = torch.optim.Adam(
         [p for p in model.parameters() if p.requires_grad],
         lr=float(inputs["learning_rate"]),

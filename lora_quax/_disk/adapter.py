@@ -21,6 +21,7 @@ from jaxtyping import PyTree
 from .._arrays.base import BASE, is_adapted, roles
 from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
+from .._model.placed import all_beside_bases
 from .._model.ties import ties_of
 from .._model.training import partition
 from .description import build, describe, describe_layer, NONSENSE, said
@@ -196,7 +197,7 @@ def load_adapter(
     params = jtu.tree_map_with_path(
         lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
     )
-    model = eqx.combine(params, rest)
+    model = all_beside_bases(eqx.combine(params, rest))
     if state is None:
         return model
     new = [jnp.asarray(adapter.state[name]) for name in called]

@@ -30,9 +30,6 @@ _HERE = {
     "modules_to_save": (
         'is part of `targets` here: `targets={eqx.nn.Linear: True, "lm_head": "full"}`'
     ),
-    "bias": (
-        'is part of `targets` here: `targets={eqx.nn.Linear: True, "bias": "full"}`'
-    ),
     "init_lora_weights": (
         "is `init_a` and `init_b` here: see `lora_quax.init`; what is taken from the "
         "weights, as PiSSA is, `lora_quax.initialise` does to the adapted model"
@@ -41,10 +38,6 @@ _HERE = {
     "alpha_pattern": _PATTERN,
     "layers_to_transform": _LAYERS,
     "layers_pattern": _LAYERS,
-    "use_rslora": (
-        "is a choice of `alpha` here: the scaling is alpha / rank, so rsLoRA's is that "
-        "of `alpha=lora_alpha * rank**0.5`"
-    ),
     "fan_in_fan_out": (
         "is `rows` and `cols` of an `Adapt` here; for the layers of Equinox they are "
         "known"

@@ -1,6 +1,7 @@
 """From a model to a model whose weights have low-rank updates."""
 
 import functools as ft
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +41,8 @@ from .._forms.dora import DoRA
 from ..init import Initialiser
 from .habits import answers_peft
 from .paths import is_value, Leaf, named, words
-from .select import select
+from .placed import beside_base
+from .select import select, with_biases
 from .targets import Adapt, check_dora, Targets
 from .updates import read_update
 
@@ -71,6 +73,8 @@ def loraify(
     stop_gradient: bool = True,
     allow_materialise: bool = False,
     use_dora: bool | Callable[[LoraArray], DoRA] = False,
+    use_rslora: bool = False,
+    bias: str = "none",
 ) -> PyTree:
     """Gives weights of a model a low-rank update each. The model is not changed.
 
@@ -120,6 +124,8 @@ def loraify(
         `functools.partial(lora_quax.LoKr.init, factor=8)`.
     - `alpha`: the updates are scaled by `alpha / rank`; defaults to the rank of each.
         Not zero.
+    - `use_rslora`: whether they are scaled by `alpha / √rank` instead, with which the
+        learning rate does not depend on the rank (Kalajdzievski, arXiv 2312.03732).
     - `targets`: which weights: a target, a list of targets or of pairs `(target,
         spec)`, or a mapping from target to spec. Where several mean a weight, the last
         decides. By default every `eqx.nn.Linear`, `eqx.nn.Conv` and
@@ -133,6 +139,11 @@ def loraify(
         `DoRA`, with a magnitude for each row of a weight, and for each column of an
         `eqx.nn.Embedding`, as PEFT does. Or a function from a `LoraArray` to a
         `DoRA`, such as `functools.partial(DoRA, per="columns")`.
+    - `bias`: which biases train in full where `targets` says nothing of them: `"none"`,
+        `"all"`, or `"lora_only"`, those of the layers that are adapted.
+
+    On a mesh what trains of a weight is laid out as the weight's own axes are, and its
+    rank is on every device; `Adapt(spec=...)` says otherwise.
 
     **Returns:** the model with a `LoraArray` in place of each adapted weight, or a
     `DoRA`, or what another form of update makes of it, and a `FullArray` in place of
@@ -148,6 +159,7 @@ def loraify(
     check_alpha(alpha, 1)
     stop_gradient = check_flag("stop_gradient", stop_gradient)
     allow_materialise = check_flag("allow_materialise", allow_materialise)
+    use_rslora = check_flag("use_rslora", use_rslora)
     if not isinstance(key, jax.ShapeDtypeStruct):
         check_key(key)
     defaults = Adapt(
@@ -159,11 +171,12 @@ def loraify(
         dtype,
         dropout=check_dropout(dropout),
         use_dora=check_dora(use_dora),
+        use_rslora=use_rslora,
     )
     _refuse_default(update, defaults)
     policy = dict(stop_gradient=stop_gradient, allow_materialise=allow_materialise)
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
-    chosen = select(model, targets)
+    chosen = with_biases(select(model, targets), bias)
     plans = {
         i: _plan(leaf, choice.spec, defaults, update, policy)
         for i, (leaf, choice) in enumerate(chosen)
@@ -196,7 +209,8 @@ def loraify(
         if not is_update[i]:
             if rate:
                 raise ValueError(_no_dropout(leaf, plans[i]))
-            leaves[i] = _around(base, plans[i], folds[i], key)
+            around = _around(base, plans[i], folds[i], key)
+            leaves[i] = beside_base(leaf.path, around, choice.spec.spec)
             continue
         lora = unsummed(
             base,
@@ -206,7 +220,8 @@ def loraify(
         )
         if not isinstance(deltas[i], LowRankArray):
             checked(lora)
-        leaves[i] = _with_magnitude(lora, leaf, choice.spec, defaults)
+        out = _with_magnitude(lora, leaf, choice.spec, defaults)
+        leaves[i] = beside_base(leaf.path, out, choice.spec.spec)
     return jax.tree.unflatten(treedef, leaves)
 
 
@@ -240,6 +255,14 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> _Pla
         known["rank"] = check_rank(defaults.rank if spec.rank is None else spec.rank)
     if "alpha" in form.takes:
         known["alpha"] = check_alpha(alpha, known.get("rank", 1))
+    if defaults.use_rslora if spec.use_rslora is None else spec.use_rslora:
+        if not known.keys() >= {"rank", "alpha"}:
+            raise ValueError(
+                f"{named(leaf.path)} cannot be scaled by alpha / √rank: "
+                f"{form.cls.__name__} has not both. Give `Adapt(use_rslora=False)` for "
+                "it, or leave `use_rslora` out."
+            )
+        known["alpha"] *= math.sqrt(known["rank"])
     inner = jax.tree.leaves(leaf.value)
     return _Plan(
         shape=tuple(aval.shape),

@@ -15,6 +15,7 @@ import quax
 from .._arrays.check import aval_of
 
 
+LINEAR_LAYERS = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)
 _NORMS = (
     eqx.nn.LayerNorm,
     eqx.nn.RMSNorm,
@@ -83,6 +84,14 @@ class Leaf(NamedTuple):
         return None
 
     @property
+    def home(self) -> str:
+        """The path of the layer, or else of the module, that it belongs to."""
+        if self.layer is not None:
+            return self.layer[0]
+        holders = [p for p, x in self.modules if not isinstance(x, list | tuple | dict)]
+        return holders[-1] if holders else ""
+
+    @property
     def is_bias(self) -> bool:
         """Whether it is the bias of a known layer; a convolution's has three axes."""
         name = self.path.rpartition(".")[2]
@@ -122,6 +131,11 @@ def walk(model) -> list[Leaf]:
 
     visit((), model, (), None)
     return _largest_in_wrappers(leaves)
+
+
+def is_linear(leaf: Leaf) -> bool:
+    """Whether it is the weight of a linear layer or a convolution."""
+    return leaf.layer is not None and isinstance(leaf.layer[1], LINEAR_LAYERS)
 
 
 def leaves_of(model) -> list[Leaf]:

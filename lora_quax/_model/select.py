@@ -14,12 +14,23 @@ import numpy as np
 
 from .._arrays.base import is_adapted
 from .._arrays.check import aval_of
-from .paths import is_array, is_float, join, known_axes, Leaf, named, walk
+from .paths import (
+    is_array,
+    is_float,
+    is_linear,
+    join,
+    known_axes,
+    Leaf,
+    LINEAR_LAYERS,
+    named,
+    walk,
+)
+from .presets import PRESETS
 from .targets import (
     Adapt,
     ANY_PREFIX,
-    DEFAULT_LAYERS,
     Entry,
+    read_pattern,
     read_spec,
     read_targets,
     Targets,
@@ -49,6 +60,8 @@ def select(model, targets: Targets | None) -> list[tuple[Leaf, Choice | None]]:
     leaves = walk(model)
     choices: list[Choice | None] = [None] * len(leaves)
     for entry in entries:
+        if entry.preset is not None:
+            entry = entry._replace(target=frozenset(PRESETS[entry.preset](leaves)))
         said: list[Treatment | None] = [_spec_for(entry, leaf) for leaf in leaves]
         if all(spec is None for spec in said) and entry.spec is not None:
             raise _nothing(entry, leaves)
@@ -65,6 +78,32 @@ def select(model, targets: Targets | None) -> list[tuple[Leaf, Choice | None]]:
         if choice is not None and choice.spec != "freeze":
             _check(leaf, choice)
     return [(leaf, choice) for leaf, choice in out if leaf.value is not None]
+
+
+def with_biases(
+    chosen: list[tuple[Leaf, Choice | None]], bias: str
+) -> list[tuple[Leaf, Choice | None]]:
+    """What becomes of the biases too, where no target says it: `bias` of `loraify`."""
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"`bias` must be 'none', 'all' or 'lora_only', got {bias!r}.")
+    trains = Choice("full", Entry(None, "full", f"bias={bias!r}"))
+    adapted = {
+        leaf.home
+        for leaf, choice in chosen
+        if choice is not None and isinstance(choice.spec, Adapt)
+    }
+
+    def means(leaf: Leaf) -> bool:
+        if not (
+            leaf.path.rpartition(".")[2].startswith("bias") and is_float(leaf.value)
+        ):
+            return False
+        return bias == "all" or bias == "lora_only" and leaf.home in adapted
+
+    return [
+        (leaf, trains if choice is None and means(leaf) else choice)
+        for leaf, choice in chosen
+    ]
 
 
 def _spec_for(entry: Entry, leaf: Leaf) -> Treatment | None:
@@ -97,11 +136,14 @@ def _selects_weight(entry: Entry, leaf: Leaf) -> bool:
         if literal and (leaf.value is None or is_array(leaf.value)):
             return True
         return _can_adapt(leaf)
+    if isinstance(entry.target, frozenset):
+        inside = any(path in entry.target for path, _ in leaf.modules)
+        return inside and is_linear(leaf) and _can_adapt(leaf)
     if not any(isinstance(module, entry.target) for _, module in leaf.modules):
         return False
     if leaf.layer is not None:
         layer = leaf.layer[1]
-        return isinstance(layer, (entry.target, DEFAULT_LAYERS)) and _can_adapt(leaf)
+        return isinstance(layer, (entry.target, LINEAR_LAYERS)) and _can_adapt(leaf)
     held = isinstance(leaf.holder, entry.target) and known_axes(leaf.holder) is None
     return held and _can_adapt(leaf)
 
@@ -126,6 +168,8 @@ def _selects_array(entry: Entry, leaf: Leaf) -> bool:
             return leaf.value is None or is_array(leaf.value)
         paths = [leaf.path, *(path for path, _ in leaf.modules)]
         means = any(map(entry.target.fullmatch, paths))
+    elif isinstance(entry.target, frozenset):
+        means = any(path in entry.target for path, _ in leaf.modules)
     else:
         modules = [module for _, module in leaf.modules]
         means = any(isinstance(module, entry.target) for module in modules)
@@ -186,9 +230,15 @@ def _nothing(entry: Entry, leaves: list[Leaf]) -> ValueError:
             "nor an array, but a module that holds others. What can be adapted inside "
             f"it is meant by the regular expression {inside}"
         )
-    near = _near(entry, leaves)
-    hint = f"Near it are {_some(near)}." if near else _what_there_is(leaves)
+    wanted = entry.target if isinstance(entry.target, re.Pattern) else None
+    hint = _hint(wanted and entry.shown.strip("'\""), entry.is_name, leaves)
     return ValueError(f"{entry.shown} of `targets` matched nothing. {hint}")
+
+
+def nearest(target: str | re.Pattern, leaves: list[Leaf]) -> str:
+    """A sentence on what is near to a target that matched nothing."""
+    shown = target if isinstance(target, str) else target.pattern
+    return _hint(shown, read_pattern(target)[1], leaves)
 
 
 def _holder(entry: Entry, leaves: list[Leaf]) -> str | None:
@@ -199,15 +249,17 @@ def _holder(entry: Entry, leaves: list[Leaf]) -> str | None:
     return next(filter(entry.target.fullmatch, filter(None, paths)), None)
 
 
-def _near(entry: Entry, leaves: list[Leaf]) -> list[str]:
+def _hint(wanted: str | None, is_name: bool, leaves: list[Leaf]) -> str:
+    near = [] if wanted is None else _near(wanted, is_name, leaves)
+    return f"Near it are {_some(near)}." if near else _what_there_is(leaves)
+
+
+def _near(wanted: str, is_name: bool, leaves: list[Leaf]) -> list[str]:
     """Paths that resemble a pattern, compared over as many last segments as it has."""
-    if not isinstance(entry.target, re.Pattern):
-        return []
-    wanted = entry.shown.strip("'\"")
     n = wanted.count(".") + 1
     tails: dict[str, str] = {}
     for path in _paths(leaves):
-        tail = ".".join(path.split(".")[-n:]) if entry.is_name else path
+        tail = ".".join(path.split(".")[-n:]) if is_name else path
         tails.setdefault(tail, path)
     near = difflib.get_close_matches(wanted, tails, n=5, cutoff=0.5)
     return [f"`{tails[tail]}`" for tail in near]

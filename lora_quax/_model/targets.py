@@ -8,16 +8,20 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from .._arrays.check import (
     check_alpha,
     check_dropout,
     check_factor_dtype,
+    check_flag,
     check_number,
     check_rank,
 )
 from ..init import Initialiser
 from .habits import answers_peft
+from .paths import LINEAR_LAYERS
+from .presets import PRESETS
 from .updates import read_update
 
 
@@ -42,7 +46,9 @@ class Adapt:
     - `rank`, `alpha`, `init_a`, `init_b`, `scale`, `dtype`, `dropout`: as for
         `LoraArray`.
     - `update`: the form of the update, as for `loraify`.
-    - `use_dora`: as for `loraify`.
+    - `use_dora`, `use_rslora`: as for `loraify`.
+    - `spec`: how what trains of the weight lies on the mesh of the weight, said as the
+        partition spec of a weight: by default as the weight does itself.
     - `rows`, `cols`: how many axes of the weight are rows, and how many are columns,
         counted from the end; those before them are batch, with separate factors for
         each index. By default that of the layer; one and one for an array outside a
@@ -72,6 +78,8 @@ class Adapt:
     dropout: Any = None
     update: Any = None
     use_dora: bool | Callable | None = None
+    use_rslora: bool | None = None
+    spec: PartitionSpec | None = None
 
     def __post_init__(self):
         if self.rank is not None:
@@ -94,6 +102,12 @@ class Adapt:
             object.__setattr__(self, "dropout", check_dropout(self.dropout))
         if self.use_dora is not None:
             check_dora(self.use_dora)
+        if self.use_rslora is not None:
+            check_flag("use_rslora", self.use_rslora)
+        if self.spec is not None and not isinstance(self.spec, PartitionSpec):
+            raise TypeError(
+                f"`spec` must be a `jax.sharding.PartitionSpec`, got {self.spec!r}."
+            )
         for name in ("rows", "cols"):
             n = getattr(self, name)
             if n is not None and (isinstance(n, bool) or not isinstance(n, int)):
@@ -126,22 +140,21 @@ Targets: TypeAlias = (
 # A spec, read.
 Treatment: TypeAlias = Adapt | Literal["full", "freeze"]
 
-DEFAULT_LAYERS = (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose)
-
 
 class Entry(NamedTuple):
     """One of the targets, read."""
 
-    target: Any  # a type or tuple of types, a compiled pattern, or a function
+    target: Any  # types, a compiled pattern, a function, or the paths of modules
     spec: Treatment | None  # None for a function
     shown: str  # as the user wrote it
     is_name: bool = False
+    preset: str | None = None  # of which the target is not known before the model is
 
 
 def read_targets(targets: Any) -> list[Entry]:
     """`targets` as entries, the later of which win."""
     if targets is None:
-        return [Entry(DEFAULT_LAYERS, Adapt(), "the default targets")]
+        return [Entry(LINEAR_LAYERS, Adapt(), "the default targets")]
     if isinstance(targets, Mapping):
         entries = [_read_target(*item) for item in targets.items()]
     elif isinstance(targets, set | frozenset):  # As `target_modules` of PEFT may be.
@@ -168,6 +181,9 @@ def _read_item(item) -> Entry:
 def _read_target(target, spec) -> Entry:
     if isinstance(target, str) and target == "all-linear":
         return Entry(eqx.nn.Linear, read_spec(spec, repr(target)), repr(target))
+    if isinstance(target, str) and target in PRESETS:
+        read = read_spec(spec, repr(target))
+        return Entry(frozenset(), read, repr(target), preset=target)
     if isinstance(target, type):
         return Entry(target, read_spec(spec, target.__name__), target.__name__)
     if isinstance(target, str | re.Pattern):

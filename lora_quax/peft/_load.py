@@ -20,6 +20,7 @@ from .._disk.exchange import refuse_misfit, too_wide
 from .._forms.dora import DoRA
 from .._model.names import Names, split
 from .._model.paths import is_value, join, named
+from .._model.placed import all_beside_bases
 from ._config import EMBEDDINGS
 from ._initial import INITIALISATIONS, reduced
 from ._layout import (
@@ -112,9 +113,8 @@ def put_around(
     changed = {place.position: fit.adapted(place) for place in places}
     refuse_misfit(adapter.path, [*problems, *fit.problems, *fit.unused()])
     leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
-    return jax.tree.unflatten(
-        treedef, [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
-    )
+    adapted = [changed.get(i, leaf) for i, leaf in enumerate(leaves)]
+    return all_beside_bases(jax.tree.unflatten(treedef, adapted))
 
 
 class _Fit:

@@ -1,0 +1,70 @@
+"""Targets that are meant by what modules do: "attention" and "mlp".
+
+What a module does is read off the name of its type, or of the field that holds it, of
+which the end says it: `MultiheadAttention`, `self_attn`, `SwiGLU` in the field `mlp`.
+Families of models agree in these, if in nothing else. What stands beside an attention
+in its block is taken for its MLP, whatever it is called.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+from .paths import is_linear, Leaf
+
+
+# Of `attn2` and `Attention2d` too; not of `AttentionBlock`, which holds more.
+_ATTENTION = re.compile(r"(attn|attention)(_?\d+d?)?$", re.IGNORECASE)
+_MLP = re.compile(r"(mlp|ffn|feed_?forward)(_?\d+d?)?$", re.IGNORECASE)
+
+
+def _attention(leaves: Sequence[Leaf]) -> set[str]:
+    return _outermost(_ATTENTION, leaves)
+
+
+def _mlp(leaves: Sequence[Leaf]) -> set[str]:
+    attention = _outermost(_ATTENTION, leaves)
+    outside = [leaf for leaf in leaves if is_linear(leaf) and not _in(leaf, attention)]
+    out = _outermost(_MLP, outside)
+    for path in attention:
+        out |= _beside(path, leaves, outside)
+    return out
+
+
+PRESETS: dict[str, Callable[[Sequence[Leaf]], set[str]]] = {
+    "attention": _attention,
+    "mlp": _mlp,
+}
+"""By its name, a function from the leaves of a model to the paths of the modules that
+a preset means."""
+
+
+def _outermost(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
+    """The modules that are called so and are in no other one that is."""
+    out = set()
+    for leaf in leaves:
+        for path, module in leaf.modules:
+            field = path.rpartition(".")[2]
+            if name.search(field) or name.search(type(module).__name__):
+                out.add(path)
+                break
+    return out
+
+
+def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> set[str]:
+    """The linear layers beside an attention in the smallest module that has any.
+
+    Beyond a list of blocks there is no looking: a head is no MLP.
+    """
+    around = next(leaf.modules for leaf in leaves if _in(leaf, {attention}))
+    paths = [path for path, _ in around]
+    for block, module in reversed(around[: paths.index(attention)]):
+        layers = {
+            leaf.layer[0] for leaf in outside if leaf.layer and _in(leaf, {block})
+        }
+        if layers or isinstance(module, list | tuple):
+            return layers
+    return set()
+
+
+def _in(leaf: Leaf, modules: set[str]) -> bool:
+    return any(path in modules for path, _ in leaf.modules)

@@ -1,0 +1,95 @@
+"""The arrays of a model on a mesh, by rules for their paths."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.tree_util as jtu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from .._arrays.base import base_of, is_adapted, with_base
+from .._arrays.check import aval_of
+from .._rules.leaves import leaf_shardings
+from .paths import is_array, is_value, join, Leaf, leaves_of, named
+from .placed import beside_base, check_spec, put_on
+from .select import nearest
+from .targets import read_pattern
+
+
+def shard(
+    model: PyTree, mesh: Mesh, rules: Mapping[str | re.Pattern, PartitionSpec]
+) -> PyTree:
+    """Lays the arrays of a model out on a mesh. The model is not changed.
+
+    ```python
+    P = jax.sharding.PartitionSpec
+    mesh = jax.make_mesh((8, 4), ("fsdp", "tp"))
+    columns, rows = P("tp", "fsdp"), P("fsdp", "tp")
+    rules = {
+        r".*\\.[qkv]_proj": columns,
+        r".*\\.(gate|up)_proj": columns,
+        "o_proj": rows,
+        "down_proj": rows,
+        "embed_tokens": P("tp", "fsdp"),
+    }
+    model = lora_quax.shard(model, mesh, rules)
+    model = lora_quax.loraify(model, rank=8, key=key)
+    ```
+
+    Of an abstract model the `jax.ShapeDtypeStruct`s are given shardings, which
+    `load_model` then reads the parts of. What is adapted or quantised is laid out as
+    the weight that it stands for.
+
+    **Arguments:**
+
+    - `model`: any PyTree.
+    - `mesh`: the devices.
+    - `rules`: from a name, which is matched with the last segments of a path, or a
+        regular expression for the whole of one, to the spec of such arrays. The path is
+        that of an array, or of a layer, of which it means the weight. Where several
+        mean an array the last one decides; what none means is on every device.
+
+    **Returns:** the model, all of its arrays on the mesh.
+
+    **Raises:** `ValueError` if a rule means no array; or names an axis that the mesh
+    has not, or one that does not divide the array.
+    """
+    places = leaves_of(model)
+    specs = [PartitionSpec()] * len(places)
+    for target, spec in rules.items():
+        pattern, _ = read_pattern(target)
+        meant = [i for i, leaf in enumerate(places) if _means(pattern, leaf)]
+        if not meant:
+            raise ValueError(
+                f"The rule {target!r} means no array. {nearest(target, places)}"
+            )
+        for i in meant:
+            what = f"{named(places[i].path)}, meant by the rule {target!r}"
+            check_spec(what, spec, tuple(aval_of(places[i].value).shape), mesh)
+            specs[i] = spec
+    leaves, treedef = jtu.tree_flatten(model, is_leaf=is_value)
+    laid = [
+        _laid(leaf.path, x, NamedSharding(mesh, spec)) if is_array(x) else x
+        for leaf, x, spec in zip(places, leaves, specs, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, laid)
+
+
+def _means(pattern: re.Pattern, leaf: Leaf) -> bool:
+    if not is_array(leaf.value):
+        return False
+    paths = [leaf.path]
+    if leaf.layer is not None:
+        paths += [leaf.layer[0], join(leaf.layer[0], "weight")]
+    return any(map(pattern.fullmatch, paths))
+
+
+def _laid(path: str, x: Any, sharding: NamedSharding) -> Any:
+    if is_adapted(x):
+        base = _laid(path, base_of(x), sharding)
+        return beside_base(path, with_base(x, base), None)
+    leaves, treedef = jax.tree.flatten(x)
+    shardings = leaf_shardings(x, sharding) if is_value(x) else [sharding]
+    return jax.tree.unflatten(treedef, map(put_on, leaves, shardings))

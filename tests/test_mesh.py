@@ -1,0 +1,287 @@
+"""What trains of a weight lies on a mesh as the weight does."""
+
+import functools as ft
+import re
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import lora_quax
+from lora_quax import Adapt, loraify
+from lora_quax._arrays.base import base_of, is_adapted
+
+
+WHOLE = P()
+MESHES = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+def mesh_of(kind: str = "auto"):
+    return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(MESHES[kind],) * 2)
+
+
+def sharded(model, mesh, spec=P("fsdp", "tp")):
+    """Its weights by `spec`; biases are on every device."""
+
+    def put(x):
+        is_bias = x.ndim < max(2, len(spec)) or 1 in x.shape
+        return jax.device_put(x, NamedSharding(mesh, WHOLE if is_bias else spec))
+
+    arrays, static = eqx.partition(model, eqx.is_array)
+    return eqx.combine(jax.tree.map(put, arrays), static)
+
+
+def mlp():
+    return eqx.nn.MLP(16, 32, 64, 1, key=jr.key(0))
+
+
+def conv():
+    return eqx.nn.Conv2d(2, 8, 3, key=jr.key(0))
+
+
+def embedding():
+    return eqx.nn.Embedding(16, 4, key=jr.key(0))
+
+
+def stacked():
+    return eqx.filter_vmap(lambda i: eqx.nn.Linear(4, 8, key=jr.key(i)))(jnp.arange(4))
+
+
+A, B = P(None, "tp"), P("fsdp", None)
+# What is adapted, how its weight is sharded, what with; how what trains of it lies.
+PLACED = {
+    "linear": (mlp, P("fsdp", "tp"), {}, [A, B]),
+    "replicated": (mlp, WHOLE, {}, [P(None, None)] * 2),
+    "two axes on one": (
+        mlp,
+        P(("fsdp", "tp"), None),
+        {},
+        [P(None, None), P(("fsdp", "tp"), None)],
+    ),
+    "convolution": (
+        conv,
+        P("fsdp", "tp"),
+        {},
+        [P(None, "tp", None, None), P("fsdp", None)],
+    ),
+    "embedding": (
+        embedding,
+        P("fsdp", "tp"),
+        dict(targets=eqx.nn.Embedding),
+        [A, B],
+    ),
+    "stacked": (
+        stacked,
+        P("fsdp", None, "tp"),
+        {},
+        [P("fsdp", None, "tp"), P("fsdp", None, None)],
+    ),
+    "DoRA": (mlp, P("fsdp", "tp"), dict(use_dora=True), [A, B, WHOLE]),
+    "LoHa": (mlp, P("fsdp", "tp"), dict(update=lora_quax.LoHa), [A, B] * 2),
+    "LoKr": (mlp, P("fsdp", "tp"), dict(update=lora_quax.LoKr), [WHOLE] * 3),
+    "VeRA": (mlp, P("fsdp", "tp"), dict(update=lora_quax.VeRA), [WHOLE] * 2),
+    "IA3": (mlp, P("fsdp", "tp"), dict(update=lora_quax.IA3, rank=None), [B]),
+    "a spec of its own": (
+        mlp,
+        P("fsdp", "tp"),
+        dict(targets={eqx.nn.Linear: Adapt(spec=P(None, "fsdp"))}),
+        [P(None, "fsdp"), P(None, None)],
+    ),
+}
+
+
+def first(model):
+    return model.layers[0] if hasattr(model, "layers") else model
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("name", PLACED)
+def test_factors_are_born_where_their_base_lies(name, kind):
+    make, spec, options, expected = PLACED[name]
+    mesh = mesh_of(kind)
+    expected = [NamedSharding(mesh, x) for x in expected]
+    model = sharded(make(), mesh, spec)
+    adapt = ft.partial(loraify, **{"rank": 2, "key": jr.key(1), **options})
+    adapted = adapt(model)
+    params, _ = lora_quax.partition(adapted)
+
+    def lies(tree):
+        leaves = jax.tree.leaves(first(tree))
+        return all(
+            x.sharding.is_equivalent_to(y, x.ndim)
+            for x, y in zip(leaves, expected, strict=True)
+        )
+
+    assert lies(params)
+    state: Any = optax.adam(1e-3).init(params)
+    assert lies(state[0].mu)
+    assert eqx.tree_equal(lora_quax.unload(adapted), model)
+    # Of an abstract model, the same.
+    abstract = jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            if eqx.is_array(x)
+            else x
+        ),
+        model,
+    )
+    assert lies(lora_quax.partition(adapt(abstract))[0])
+    # And the same numbers as off the mesh.
+    if "targets" in options and make is mlp:
+        return
+    plain = lora_quax.partition(adapt(make()))[0]
+    for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(plain), strict=True):
+        assert jnp.allclose(jax.device_get(x), y, atol=1e-6)
+
+
+def test_a_quantised_base():
+    pytest.importorskip("qwix")
+    mesh = mesh_of()
+    model = sharded(lora_quax.quantise(mlp(), "int8", tile=8), mesh, P("fsdp", None))
+    weight = loraify(model, 2, jr.key(1)).layers[0].weight
+    assert weight.b.sharding.spec == P("fsdp", None)
+    assert weight.a.sharding.spec == P(None, None)
+
+
+def test_what_is_on_one_device_stays_there():
+    model = loraify(mlp(), 2, jr.key(1))
+    assert len(model.layers[0].weight.b.sharding.device_set) == 1
+    with pytest.raises(ValueError, match=r"`layers\.0\.weight` lies on no mesh"):
+        loraify(mlp(), 2, jr.key(1), targets={eqx.nn.Linear: Adapt(spec=P("x"))})
+
+
+@pytest.mark.parametrize(
+    "spec, match",
+    [
+        (P("fsdp", "sp"), r"64, 16\), cannot lie as.*the mesh has no axis 'sp'"),
+        (P(None, None, "tp"), r"`layers\.0\.weight`.*: it has 2 axes"),
+        (P(("fsdp", "tp"), "tp"), r"an axis of the mesh is there twice"),
+        (P("three"), r"`layers\.0\.weight`.*: 3 parts do not divide 64"),
+    ],
+)
+def test_specs_that_do_not_fit(spec, match):
+    mesh = jax.make_mesh((1, 2, 3), ("fsdp", "tp", "three"))
+    model = sharded(mlp(), mesh, P("fsdp", "tp"))
+    with pytest.raises(ValueError, match=match):
+        loraify(model, 2, jr.key(1), targets={eqx.nn.Linear: Adapt(spec=spec)})
+
+
+RULES = {  # for an MLP: its arrays, by path
+    "by layer": (
+        {r"layers\.\d": P("fsdp", "tp"), "bias": P("tp")},
+        {
+            "layers.0.weight": P("fsdp", "tp"),
+            "layers.1.weight": P("fsdp", "tp"),
+            "layers.0.bias": P("tp"),
+            "layers.1.bias": P("tp"),
+        },
+    ),
+    "the last one decides": (
+        {r".*weight": P("fsdp"), "layers.1": P(None, "tp")},
+        {"layers.0.weight": P("fsdp"), "layers.1.weight": P(None, "tp")},
+    ),
+    "none": ({}, {}),
+}
+CHANGED = {  # What is laid out.
+    "plain": lambda model: model,
+    "adapted": lambda model: loraify(model, 2, jr.key(1)),
+    "DoRA": lambda model: loraify(model, 2, jr.key(1), use_dora=True),
+    "abstract": lambda model: eqx.filter_eval_shape(lambda: model),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize("name", RULES)
+def test_a_model_is_laid_out_by_rules(name, change):
+    rules, expected = RULES[name]
+    mesh = mesh_of()
+    model = CHANGED[change](mlp())
+    laid = lora_quax.shard(model, mesh, rules)
+    if change != "abstract":
+        assert eqx.tree_equal(laid, model)
+    for i, layer in enumerate(laid.layers):
+        for field in ("weight", "bias"):
+            x = getattr(layer, field)
+            spec = expected.get(f"layers.{i}.{field}", WHOLE)
+            base = base_of(x) if is_adapted(x) else x
+            to = NamedSharding(mesh, spec)
+            assert base.sharding.is_equivalent_to(to, base.ndim)
+    if change in ("adapted", "DoRA"):
+        wanted = CHANGED[change](lora_quax.shard(mlp(), mesh, rules))
+        arrays = eqx.filter((laid, wanted), eqx.is_array)
+        for x, y in zip(*map(jax.tree.leaves, arrays), strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+WRONG_RULES = [
+    ({"layer.0": P("fsdp")}, r"'layer\.0' means no array\. Near it are"),
+    ({"weight": P("sp")}, r"`layers\.0\.weight`, meant by.*no axis 'sp'"),
+    ({"bias": P("fsdp", "tp")}, r"`layers\.0\.bias`.*it has 1 axes"),
+]
+
+
+@pytest.mark.parametrize("rules, match", WRONG_RULES)
+def test_rules_that_do_not_fit(rules, match):
+    with pytest.raises(ValueError, match=match):
+        lora_quax.shard(mlp(), mesh_of(), rules)
+
+
+def test_adapters_are_loaded_to_where_bases_lie(tmp_path):
+    plain = mlp()
+    adapted = loraify(plain, 2, jr.key(1), init_b=jax.nn.initializers.normal())
+    lora_quax.save_adapter(tmp_path / "a.safetensors", adapted)
+    lora_quax.peft.save(tmp_path / "peft", adapted)
+    on_mesh = lora_quax.shard(plain, mesh_of(), {"weight": P("fsdp", "tp")})
+    for loaded in (
+        lora_quax.load_adapter(tmp_path / "a.safetensors", on_mesh),
+        lora_quax.peft.load(tmp_path / "peft", on_mesh),
+    ):
+        w = loaded.layers[0].weight
+        assert w.a.sharding.spec == P(None, "tp")
+        assert w.b.sharding.spec == P("fsdp", None)
+        assert eqx.tree_equal(loaded, adapted)
+
+
+def gathered(text: str) -> set[int]:
+    """How many numbers each all-gather of a compiled program makes."""
+    found = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
+    return {eval("*".join(x.split(",")) or "1") for x in found}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_nothing_of_a_base_is_gathered(kind):
+    """When a model is adapted inside `jit`, and when its optimiser is made."""
+    mesh = mesh_of(kind)
+    model = sharded(mlp(), mesh)
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def start(arrays, key):
+        adapted = loraify(eqx.combine(arrays, static), 2, key)
+        params, rest = lora_quax.partition(adapted)
+        state = optax.adam(1e-3).init(params)
+        return eqx.filter((params, rest, state), eqx.is_array)
+
+    of_model = loraify(model, 2, jr.key(1))
+    params, rest = lora_quax.partition(of_model)
+    wanted = params, rest, optax.adam(1e-3).init(params)
+    shardings = jax.tree.map(
+        lambda x: (
+            x.sharding
+            if isinstance(x.sharding, NamedSharding)
+            else NamedSharding(mesh, WHOLE)
+        ),
+        eqx.filter(wanted, eqx.is_array),
+    )
+    with jax.set_mesh(mesh):
+        start = jax.jit(start, out_shardings=shardings)
+        compiled = start.lower(arrays, jr.key(1)).compile()
+        out, *_ = start(arrays, jr.key(1))
+    assert not gathered(compiled.as_text() or "")
+    for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
+        assert jnp.allclose(jax.device_get(x), jax.device_get(y))
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
