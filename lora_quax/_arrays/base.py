@@ -236,11 +236,17 @@ class AbstractDelta(AdaptedArray):
 
 
 def lower(x: Any) -> Any:
-    """What an array of ours comes to, for which there are rules; others as they are."""
+    """What an array of ours comes to, for which there are rules; others as they are.
+
+    Whether it may be made dense an update says itself, and not what its `lower` gives.
+    """
     while is_adapted(x):
         y = type(x).lower(x)
         if y is x:
             break
+        of_updates = isinstance(x, AbstractDelta) and isinstance(y, AbstractDelta)
+        if of_updates and y.allow_materialise != x.allow_materialise:
+            y = replace(y, allow_materialise=x.allow_materialise)
         x = y
     return x
 

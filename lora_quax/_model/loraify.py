@@ -15,7 +15,14 @@ from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import init
-from .._arrays.base import AbstractDelta, AdaptedArray, checked, make, with_base
+from .._arrays.base import (
+    AbstractDelta,
+    AdaptedArray,
+    checked,
+    make,
+    replace,
+    with_base,
+)
 from .._arrays.check import (
     aval_of,
     check_alpha,
@@ -181,6 +188,8 @@ def loraify(
     is_update = {i: read_update(plan.update).is_update for i, plan in plans.items()}
     deltas = _draw_all({i: x for i, x in plans.items() if is_update[i]}, folds, key)
     deltas = _shared(plans, deltas, key)
+    if allow_materialise:  # A form's `init` need not know of it.
+        deltas = {i: replace(x, allow_materialise=True) for i, x in deltas.items()}
     for i, (leaf, choice) in enumerate(chosen):
         if choice is None or choice.spec == "freeze":
             continue

@@ -120,7 +120,7 @@ class Adapt:
     @property
     def of_update(self) -> dict[str, Any]:
         """What is said of the update, and not every form of one has."""
-        names = "rank", "alpha", "init_a", "init_b", "scale", "dtype"
+        names = "rank", "alpha", "init_a", "init_b", "scale", "dtype", "rows", "cols"
         return {name: getattr(self, name) for name in names}
 
 

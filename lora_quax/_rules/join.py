@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import quax
 from jax import lax
 
-from .._arrays.base import materialise_or_refuse, replace
+from .._arrays.base import lower, materialise_or_refuse, replace
 from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray, scaled
 from .._arrays.scaled import ScaledArray
@@ -137,7 +137,7 @@ def _into_parts(x):
 
 
 def _factors(delta) -> LowRankArray | None:
-    return None if delta is None else delta.lower()
+    return None if delta is None else lower(delta)
 
 
 def _register_sum(primitive, sign: int):

@@ -65,7 +65,7 @@ def linear(
             before = tuple(map(stored, args[:operand]))
             w, after = args[operand], args[operand + 1 :]
             try:
-                delta = rule(*map(drop, before), w.delta.lower(), *after, **params)
+                delta = rule(*map(drop, before), lower(w.delta), *after, **params)
             except NotLazy as why:
                 return materialise_or_refuse(primitive, args, params, str(why))
 

@@ -381,7 +381,7 @@ def into_parts(w: ScaledArray):
         if isinstance(base, LowRankArray):
             return scaled_low_rank(base, w.scale)
         if isinstance(base, LoraArray):
-            delta = scaled_low_rank(base.delta.lower(), w.scale)
+            delta = scaled_low_rank(lower(base.delta), w.scale)
             inner = replace(
                 w, base=base.frozen_base(), stop_gradient=False, stopped=False
             )
