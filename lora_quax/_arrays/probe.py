@@ -37,7 +37,7 @@ class Probe(LowRankArray):
 
     # How many rows of `a` belong together: weights that are joined have several times
     # as many.
-    unit: int = eqx.field(static=True)
+    unit: int = eqx.field(static=True, kw_only=True)
 
     def between(self, z: Any, axis: int) -> Any:
         if isinstance(z, quax.Value):  # A product of two weights, and no data.

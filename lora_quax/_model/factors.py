@@ -66,15 +66,14 @@ _DAMPING = 0.01  # Of the mean of the diagonal, as in PEFT.
 
 
 def corda(w, moments: Any, rank: int, scaling: float, key, *, smallest: bool):
-    """With `w · C = u · s · v`, where `C = E x · xᵀ`, the part `u · s · v · C⁻¹` of some
-    singular values. That is `u · uᵀ · w`: nothing has to be inverted."""
+    """With `C` the mean of `x · xᵀ`, and `w · C = u · s · v`: of some singular values
+    `u · s · v · C⁻¹`. That is `u · uᵀ · w`, so that nothing has to be inverted."""
     del key
-    n = jnp.maximum(moments.count, 1)
-    second = (moments.second / n).astype(w.dtype)
-    damping = _DAMPING * jnp.trace(second) / len(second)
-    u, s, _ = jnp.linalg.svd(
-        w @ second + damping * w, full_matrices=False
-    )
+    second = (moments.second / jnp.maximum(moments.count, 1)).astype(w.dtype)
+    size = jnp.trace(second) / len(second)
+    # An expert that was given nothing is taken as it is.
+    damping = jnp.where(size > 0, _DAMPING * size, 1)
+    u, s, _ = jnp.linalg.svd(w @ second + damping * w, full_matrices=False)
     which = slice(-rank, None) if smallest else slice(rank)
     u, s = u[:, which], jnp.sqrt(s[which] * abs(scaling))
     a = jnp.where(s > 0, 1 / jnp.where(s > 0, s, 1), 0)[:, None] * (u.T @ w)

@@ -88,4 +88,3 @@ def input_moments(fn: Callable) -> Callable[..., PyTree]:
         return jax.tree.unflatten(treedef, moments)
 
     return run
-
