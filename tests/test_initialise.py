@@ -447,8 +447,13 @@ def test_what_is_wrong_is_named(name):
         run()
 
 
-def test_the_program_is_what_it_was(getkey):
+@pytest.mark.parametrize("method", ALL)
+def test_the_program_is_what_it_was(method):
     plain, model = _net()
+    out = initialise(model, method, **_data(method, model))
     x = drawn((24,), 1, jnp.float32)
-    out = quax.quaxify(initialise(model, "pissa").linear)(x)
-    assert_close(out, plain.linear(x), rtol=1e-6, atol=1e-6)
+    y = quax.quaxify(out.linear)(x)
+    assert_close(y, plain.linear(x), rtol=1e-6, atol=1e-6)
+    x = drawn((4, 7, 7), 1, jnp.float32)
+    y = quax.quaxify(out.conv)(x)
+    assert_close(y, plain.conv(x), rtol=1e-6, atol=2e-6)
