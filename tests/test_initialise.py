@@ -1,6 +1,7 @@
 """First updates that are taken from the weights, or from data."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from lora_quax import initialise, loftq, LoraArray, Moments, rebase
 
 
 METHODS = ["pissa", "randomised pissa", "olora", "orthogonal"]
-FROM_MOMENTS = ["eva", "corda ipm", "corda kpm"]
+FROM_MOMENTS: list[Any] = ["eva", "corda ipm", "corda kpm"]
 ALL = [*METHODS, *FROM_MOMENTS, "lora-ga"]
 KEEP_THE_BASE = ["orthogonal", "eva"]
 
@@ -57,7 +58,7 @@ def _moments(*batch, n, seed=0):
     return Moments(*(y.reshape(*batch, *y.shape[1:]) for y in parts))
 
 
-def _data(method, model):
+def _data(method, model) -> dict[str, Any]:
     """What a method needs beside the model."""
     is_leaf = lambda x: isinstance(x, LoraArray)
     made = {
@@ -252,7 +253,7 @@ def test_ranks_are_shared_out():
 
 
 def test_without_a_rank_a_weight_is_plain_again():
-    model = [lora((4, 3), rank=1, dtype=jnp.float32) for _ in range(2)]
+    model: list[Any] = [lora((4, 3), rank=1, dtype=jnp.float32) for _ in range(2)]
     moments = [_of_variances([0.5, 0.5, 0.0]), _of_variances([0.4, 0.3, 0.3])]
     out = initialise(model, "eva", moments=moments, rho=2.0)
     assert out[0].rank == 2 and out[1] is model[1].base

@@ -121,7 +121,8 @@ def test_eva(rho):
 def test_corda(mode):
     net = _Net()
     model = _ours(_Twin(net))
-    ours = lora_quax.initialise(model, f"corda {mode}", moments=_moments(model))
+    method: Any = f"corda {mode}"
+    ours = lora_quax.initialise(model, method, moments=_moments(model))
     config = _config(
         "corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method=mode)
     )
