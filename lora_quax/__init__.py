@@ -26,9 +26,11 @@ from ._forms.rows import Rows as Rows
 from ._forms.vera import VeRA as VeRA
 from ._model.branch import LoraBranch as LoraBranch
 from ._model.dropout import with_dropout_key as with_dropout_key
-from ._model.initialise import initialise as initialise, loftq as loftq
+from ._model.initialise import initialise as initialise
+from ._model.loftq import loftq as loftq
 from ._model.loraify import loraify as loraify
 from ._model.merge import merge as merge, unload as unload
+from ._model.moments import input_moments as input_moments, Moments as Moments
 from ._model.quantise import dequantise as dequantise, quantise as quantise
 from ._model.rebase import rebase as rebase
 from ._model.shard import shard as shard
@@ -60,6 +62,7 @@ __all__ = [
     "LoraBranch",
     "LowRankArray",
     "MaterialiseError",
+    "Moments",
     "QuantisedArray",
     "Rows",
     "ScaledArray",
@@ -70,6 +73,7 @@ __all__ = [
     "filter_value_and_grad",
     "init",
     "initialise",
+    "input_moments",
     "labels",
     "load_adapter",
     "load_gguf",

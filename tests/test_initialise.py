@@ -1,4 +1,7 @@
-"""First updates that are taken from the weights."""
+"""First updates that are taken from the weights, or from data."""
+
+import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -8,12 +11,16 @@ import numpy as np
 import pytest
 import quax
 from helpers import assert_close, dense, drawn, lora
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lora_quax
-from lora_quax import initialise, loftq, LoraArray, rebase
+from lora_quax import initialise, loftq, LoraArray, Moments, rebase
 
 
 METHODS = ["pissa", "randomised pissa", "olora", "orthogonal"]
+FROM_MOMENTS: list[Any] = ["eva", "corda ipm", "corda kpm"]
+ALL = [*METHODS, *FROM_MOMENTS, "lora-ga"]
+KEEP_THE_BASE = ["orthogonal", "eva"]
 
 
 class Net(eqx.Module):
@@ -38,24 +45,65 @@ def _weights(model):
     return [x for x in jax.tree.leaves(model, is_leaf=is_leaf) if is_leaf(x)]
 
 
+def _vectors(n, count=64, seed=0):
+    """Not of mean zero, and not all directions alike."""
+    x = np.random.default_rng(seed).normal(0.3, 1, (count, n))
+    return x * np.linspace(0.2, 2, n)
+
+
+def _moments(*batch, n, seed=0):
+    x = [_vectors(n, seed=seed + i) for i in range(int(np.prod(batch)))]
+    parts = [(float(len(y)), y.sum(0), y.T @ y) for y in x]
+    parts = [jnp.asarray(np.stack(y), jnp.float32) for y in zip(*parts)]
+    return Moments(*(y.reshape(*batch, *y.shape[1:]) for y in parts))
+
+
+def _data(method, model) -> dict[str, Any]:
+    """What a method needs beside the model."""
+    is_leaf = lambda x: isinstance(x, LoraArray)
+    made = {
+        **dict.fromkeys(
+            FROM_MOMENTS,
+            lambda w: _moments(*w.shape[: w.n_batch], n=int(np.prod(_cols(w)))),
+        ),
+        "lora-ga": lambda w: jnp.asarray(drawn(w.shape, 9, np.float32)),
+    }
+    if method not in made:
+        return dict(key=jr.key(2))
+    of = lambda x: made[method](x) if is_leaf(x) else None
+    name = "gradients" if method == "lora-ga" else "moments"
+    return {name: jax.tree.map(of, model, is_leaf=is_leaf)}
+
+
+def _cols(w):
+    return w.shape[w.n_batch + w.delta.rows :]
+
+
+@functools.cache
 def _net(dtype=jnp.float32, rank=4, alpha=6.0):
     plain = Net(jr.key(0), dtype)
     return plain, lora_quax.loraify(plain, rank, jr.key(1), alpha=alpha)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 def test_the_weights_are_what_they_were(method, dtype):
-    _, model = _net(dtype)
-    out = initialise(model, method, key=jr.key(2))
+    plain, model = _net(dtype)
+    out = initialise(model, method, **_data(method, model))
     epsilon = float(jnp.finfo(dtype).eps)
     for w, new in zip(_weights(model), _weights(out), strict=True):
-        assert jnp.abs(new.b).max() > 0 and jnp.abs(new.a).max() > 0
+        # The gradient of the smallest has no more than two directions, all for `a`.
+        none = method == "eva" or (method == "lora-ga" and w.shape == (2, 3))
+        assert none != (jnp.abs(new.b).max() > 0) and jnp.abs(new.a).max() > 0
         assert (new.a.dtype, new.base.dtype) == (w.a.dtype, w.base.dtype)
         scale = float(abs(w.base).max() + abs(new.base).max())
         assert abs(new.dense() - w.base).max() <= 2 * epsilon * scale
-        changed = method != "orthogonal"
+        changed = method not in KEEP_THE_BASE and not none
         assert changed == bool((new.base != w.base).any())
+    if dtype == jnp.float32:
+        x = drawn((24,), 1, dtype)
+        y = quax.quaxify(out.linear)(x)
+        assert_close(y, plain.linear(x), rtol=1e-6, atol=1e-6)
 
 
 def _matrices(w: LoraArray):
@@ -109,17 +157,43 @@ def test_a_key_and_a_path_decide(method):
     give = lambda seed: initialise(model, method, key=jr.key(seed))
     assert eqx.tree_equal(give(2), give(2))
     assert eqx.tree_equal(give(2), give(3)) == (method in ("pissa", "olora"))
-    abstract = eqx.filter_eval_shape(give, 2)
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_abstract(method):
+    _, model = _net()
+    data = _data(method, model)
     types = eqx.filter_eval_shape(lambda m: m, model)
-    assert eqx.tree_equal(abstract, types)
-    abstractly = initialise(types, method, key=jr.key(2))
-    assert eqx.tree_equal(abstractly, types)
+    inside = eqx.filter_eval_shape(
+        lambda m, data: initialise(m, method, **data), model, data
+    )
+    assert eqx.tree_equal(inside, types)
+    assert eqx.tree_equal(initialise(types, method, **data), types)
 
 
-@pytest.mark.parametrize("method", ["pissa", "randomised pissa", "olora"])
+@pytest.mark.parametrize("method", ALL)
+def test_sharded(method):
+    # On axes that are explicit; on others JAX sees to it. One of these is tested.
+    kind = AxisType.Auto if method == "corda kpm" else AxisType.Explicit
+    sharding = NamedSharding(jax.make_mesh((2,), ("i",), axis_types=(kind,)), P("i"))
+    model = {"w": lora((6, 5), seed=3, dtype=jnp.float32)}
+    placed = eqx.tree_at(
+        lambda m: m["w"].base, model, jax.device_put(model["w"].base, sharding)
+    )
+    data = _data(method, model)
+    expected, out = (initialise(m, method, **data)["w"] for m in (model, placed))
+    assert out.base.sharding.is_equivalent_to(sharding, 2)
+    assert_close(np.asarray(out.base), expected.base, rtol=1e-4, atol=1e-4)
+    assert_close(np.asarray(out.dense()), expected.dense(), rtol=1e-5, atol=1e-5)
+
+
+TAKEN_OUT = [method for method in ALL if method not in KEEP_THE_BASE]
+
+
+@pytest.mark.parametrize("method", TAKEN_OUT)
 def test_rebase(method, tmp_path):
     plain, model = _net()
-    initial = initialise(model, method, key=jr.key(2))
+    initial = initialise(model, method, **_data(method, model))
     trained = jax.tree.map(
         lambda x, t: x + 0.1 * jnp.sin(x) if t else x,
         initial,
@@ -133,6 +207,128 @@ def test_rebase(method, tmp_path):
     path = tmp_path / "adapter.safetensors"
     lora_quax.save_adapter(path, back, base=plain)
     assert eqx.tree_equal(lora_quax.load_adapter(path, plain), back)
+
+
+def test_eva_is_the_principal_components():
+    _, model = _net()
+    moments = _data("eva", model)["moments"]
+    out = initialise(model, "eva", moments=moments)
+    for w, new in zip(_weights(model), _weights(out), strict=True):
+        for i, a in enumerate(_matrices(new)[2]):
+            x = _vectors(a.shape[1], seed=i)
+            n = min(w.rank, x.shape[1])
+            best = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:n]
+            assert_close(a[:n].T @ a[:n], best.T @ best, rtol=1e-4, atol=1e-4)
+            assert not a[n:].any()
+
+
+def _of_variances(*values):
+    """Of data about zero, whose components have these parts of the variance."""
+    second = jnp.stack([jnp.diag(jnp.array(x)) for x in values])
+    out = Moments(jnp.ones(len(second)), jnp.zeros(second.shape[:-1]), second)
+    return out if len(values) > 1 else jax.tree.map(lambda x: x[0], out)
+
+
+def test_ranks_are_shared_out():
+    shapes = {"one": (8, 6), "many": (8, 6), "some": (8, 6), "stack": (2, 8, 6)}
+    model = {name: lora(x, rank=3, dtype=jnp.float32) for name, x in shapes.items()}
+    moments = {
+        "one": _of_variances([0.9, 0.02, 0.02, 0.02, 0.02, 0.02]),
+        "many": _of_variances([0.2, 0.16, 0.16, 0.16, 0.16, 0.16]),
+        "some": _of_variances([0.3, 0.29, 0.28, 0.07, 0.06, 0.0]),
+        "stack": _of_variances(
+            [0.5, 0.5, 0.0, 0.0, 0.0, 0.0], [0.4, 0.24, 0.24, 0.07, 0.05, 0.0]
+        ),
+    }
+    # Of 3 + 3 + 3 + 2 · 3 ranks, at most 4 for each. Those of the stack, for both, are
+    # .45, .37 and .12; the last are .12 and .07.
+    ranks = {1.0: (3, 3, 3, 3), 4 / 3: (1, 4, 4, 3)}
+    for rho, expected in ranks.items():
+        out = initialise(model, "eva", moments=moments, rho=rho)
+        assert tuple(out[name].rank for name in shapes) == expected
+        for name, w in out.items():
+            assert w.scaling == pytest.approx(model[name].scaling)
+            assert w.shape == model[name].shape
+            assert lora_quax.LoraArray.from_parts(w.base, w.delta).rank == w.rank
+
+
+def test_without_a_rank_a_weight_is_plain_again():
+    model: list[Any] = [lora((4, 3), rank=1, dtype=jnp.float32) for _ in range(2)]
+    moments = [_of_variances([0.5, 0.5, 0.0]), _of_variances([0.4, 0.3, 0.3])]
+    out = initialise(model, "eva", moments=moments, rho=2.0)
+    assert out[0].rank == 2 and out[1] is model[1].base
+    # What is around an update cannot do without it.
+    model[1] = lora_quax.DoRA(model[1])
+    moments[1] = eqx.tree_at(lambda m: m.lora, model[1], moments[1])
+    with pytest.raises(
+        ValueError, match="No rank is left for the update inside of a D"
+    ):
+        initialise(model, "eva", moments=moments, rho=2.0)
+
+
+@pytest.mark.parametrize("method", ["corda ipm", "corda kpm"])
+def test_corda_is_the_part_of_some_singular_values(method):
+    _, model = _net()
+    out = initialise(model, method, **_data(method, model))
+    for w, new in zip(_weights(model), _weights(out), strict=True):
+        factors = zip(_matrices(w)[0], *_matrices(new)[1:])
+        for i, (matrix, b, a) in enumerate(factors):
+            x = _vectors(matrix.shape[1], seed=i)
+            c = x.T @ x / len(x)
+            c += 0.01 * np.trace(c) / len(c) * np.eye(len(c))
+            u, s, v = np.linalg.svd(matrix @ c, full_matrices=False)
+            which = slice(-w.rank, None) if method == "corda kpm" else slice(w.rank)
+            part = (u[:, which] * s[which]) @ v[which] @ np.linalg.inv(c)
+            scale = np.abs(matrix).max()
+            assert_close(w.scaling * b @ a, part, rtol=1e-3, atol=1e-3 * scale)
+
+
+def test_lora_ga_is_singular_vectors_of_the_gradient():
+    _, model = _net()
+    data = _data("lora-ga", model)
+    out = initialise(model, "lora-ga", **data)
+    gradients = jax.tree.leaves(data["gradients"])
+    for g, new in zip(gradients, _weights(out), strict=True):
+        matrix, b, a = _matrices(new)
+        for g, b, a in zip(np.asarray(g).reshape(matrix.shape), b, a):
+            u, s, v = np.linalg.svd(g, full_matrices=False)
+            length = len(g) ** 0.25 / 4
+            n = min(4, len(s))
+            assert_close(np.abs(a[:n] @ v[:n].T), length * np.eye(n), atol=1e-4)
+            n = max(min(8, len(s)) - 4, 0)
+            assert_close(np.abs(b.T[:n] @ u[:, 4:8]), length * np.eye(n), atol=1e-4)
+
+
+def test_eva_leaves_a_quantised_base():
+    pytest.importorskip("qwix")
+    plain = eqx.nn.Linear(64, 8, key=jr.key(0))
+    model = lora_quax.loraify(lora_quax.quantise(plain), 4, jr.key(1))
+    data = _data("eva", model)
+    out = initialise(model, "eva", **data)
+    assert out.weight.base is model.weight.base
+    with pytest.raises(ValueError, match="a QuantisedArray, and 'corda ipm' takes"):
+        initialise(model, "corda ipm", **data)
+
+
+def test_the_data_of_one_weight_in_two_places_are_added_up():
+    _, model = _net()
+    data = [_moments(n=24, seed=i) for i in range(2)]
+    pair = [model.linear.weight] * 2
+    out = initialise(pair, "eva", moments=data)
+    assert out[0] is out[1]
+    total = jax.tree.map(jnp.add, *data)
+    alone = initialise(pair[:1], "eva", moments=[total])
+    assert eqx.tree_equal(out[0], alone[0])
+
+
+def test_an_expert_without_data():
+    model = {"experts": lora((2, 8, 6), dtype=jnp.float32)}
+    moments = {"experts": _moments(2, n=6)}
+    moments = jax.tree.map(lambda x: x.at[1].set(0), moments)
+    for method in FROM_MOMENTS:
+        out = initialise(model, method, moments=moments)["experts"]
+        assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(out))
+        assert jnp.abs(out.a[1]).max() > 0
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int4", "int8"])
@@ -172,6 +368,10 @@ def _with(weight):
     return eqx.tree_at(lambda m: m.small.weight, model, weight)
 
 
+def _one(method, **data):
+    return initialise([lora((2, 3))], method, **data)
+
+
 WRONG = {
     "no key": (lambda: initialise(_net()[1], "orthogonal"), "'orthogonal' draws numb"),
     "an odd rank": (
@@ -184,6 +384,50 @@ WRONG = {
             _with(LoraArray(lora((2, 3)), rank=1, key=jr.key(0))), "olora"
         ),
         "has a base that is a LoraArray, and 'olora' takes the update out",
+    ),
+    "no moments": (
+        lambda: initialise(_net()[1], "eva"),
+        "'eva' starts from data: give",
+    ),
+    "no gradients": (
+        lambda: initialise(_net()[1], "lora-ga"),
+        "starts from a gradient",
+    ),
+    "no use for moments": (
+        lambda: initialise(_net()[1], "pissa", moments={}),
+        "'pissa' has no use for `moments`",
+    ),
+    "rho without eva": (
+        lambda: initialise(_net()[1], "pissa", rho=2.0),
+        "`rho` is for 'eva' alone, and `method` is 'pissa'",
+    ),
+    "a small rho": (
+        lambda: initialise(_net()[1], "eva", moments={}, rho=0.5),
+        "`rho` must be at least 1, got 0.5",
+    ),
+    "moments of another model": (
+        lambda: initialise(_net()[1], "eva", moments={}),
+        "`moments` must be a tree as the model is",
+    ),
+    "moments of another weight": (
+        lambda: _one("eva", moments=[_moments(n=5)]),
+        r"`moments` must have `Moments` of shape \(3, 3\) for `0`",
+    ),
+    "moments of no data": (
+        lambda: _one("eva", moments=[jax.tree.map(jnp.zeros_like, _moments(n=3))]),
+        "`moments` has no vector for `0`: no data were multiplied with it on the side",
+    ),
+    "moments that are not finite": (
+        lambda: _one("eva", moments=[jax.tree.map(lambda x: x / 0, _moments(n=3))]),
+        "`moments` has numbers that are not finite for `0`",
+    ),
+    "gradients of another shape": (
+        lambda: _one("lora-ga", gradients=[jnp.ones((3, 2))]),
+        r"`gradients` must have an array of shape \(2, 3\) for `0`",
+    ),
+    "ranks that are not known": (
+        lambda: jax.jit(lambda x: _one("eva", moments=[x], rho=2.0))(_moments(n=3)),
+        "With `rho` more than 1 the ranks, and so the shapes, depend on the data",
     ),
     "steps": (lambda: loftq(_net()[1], steps=0), "`steps` must be a positive"),
     "another base": (
@@ -210,10 +454,3 @@ def test_what_is_wrong_is_named(name):
     run, match = WRONG[name]
     with pytest.raises(ValueError, match=match):
         run()
-
-
-def test_the_program_is_what_it_was(getkey):
-    plain, model = _net()
-    x = drawn((24,), 1, jnp.float32)
-    out = quax.quaxify(initialise(model, "pissa").linear)(x)
-    assert_close(out, plain.linear(x), rtol=1e-6, atol=1e-6)

@@ -190,6 +190,14 @@ class LowRankArray(AbstractDelta):
         spec = (*partition_spec(self.b)[:-1], *partition_spec(self.a)[n + 1 :])
         return shaped_array(shape, dtype, spec, self.a, self.b)
 
+    def between(self, z: Any, axis: int) -> Any:
+        """What one factor made of an activation, as the other one is given it.
+
+        Here it is the same. `axis` is that of the rank, or of several in a row.
+        """
+        del axis
+        return z
+
     def dense(self) -> Array:
         return self.product().astype(wider(self.a.dtype, self.b.dtype))
 

@@ -32,7 +32,8 @@ _HERE = {
     ),
     "init_lora_weights": (
         "is `init_a` and `init_b` here: see `lora_quax.init`; what is taken from the "
-        "weights, as PiSSA is, `lora_quax.initialise` does to the adapted model"
+        "weights, as PiSSA is, or from data, as EVA is, `lora_quax.initialise` does to "
+        "the adapted model"
     ),
     "rank_pattern": _PATTERN,
     "alpha_pattern": _PATTERN,

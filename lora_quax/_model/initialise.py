@@ -1,4 +1,4 @@
-"""First updates that are taken from the weights, and not drawn.
+"""First updates that are taken from the weights, or from data, and not drawn.
 
 Some are taken out of the base, so that the sum is what it was. An adapter that was
 trained from there belongs to that base; `rebase` puts it on the one before.
@@ -7,31 +7,72 @@ trained from there belongs to that base; `rebase` puts it on the one before.
 import functools as ft
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
-import quax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
-from .._arrays.base import dense, replace
-from .._arrays.check import check_count, check_key, wider
+from .._arrays.base import dense, is_adapted, replace
+from .._arrays.check import wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
-from .paths import dotted, named, words
-from .quantise import check_codec, Kind, quantised
+from . import factors
+from .each import at_weights, is_lora, on_each
+from .given import (
+    check_given,
+    check_gradient,
+    check_moments,
+    check_rho,
+    refuse_base,
+    refuse_unknown,
+)
+from .shares import shares
 
 
-Method = Literal["pissa", "randomised pissa", "olora", "orthogonal"]
+Method = Literal[
+    "pissa",
+    "randomised pissa",
+    "olora",
+    "orthogonal",
+    "eva",
+    "corda ipm",
+    "corda kpm",
+    "lora-ga",
+]
+
+
+class _Method(NamedTuple):
+    find: Callable  # see `factors`
+    takes_out: bool = True  # whether the update is taken out of the base
+    needs: str | None = None  # of the arguments of `initialise`
+
+
+_METHODS: dict[str, _Method] = {
+    "pissa": _Method(factors.pissa),
+    "randomised pissa": _Method(factors.randomised_pissa, needs="key"),
+    "olora": _Method(factors.olora),
+    "orthogonal": _Method(factors.orthogonal, takes_out=False, needs="key"),
+    "eva": _Method(factors.eva, takes_out=False, needs="moments"),
+    "corda ipm": _Method(ft.partial(factors.corda, smallest=False), needs="moments"),
+    "corda kpm": _Method(ft.partial(factors.corda, smallest=True), needs="moments"),
+    "lora-ga": _Method(factors.lora_ga, needs="gradients"),
+}
 
 
 def initialise(
-    model: PyTree, method: Method, *, key: PRNGKeyArray | None = None
+    model: PyTree,
+    method: Method,
+    *,
+    key: PRNGKeyArray | None = None,
+    moments: PyTree | None = None,
+    gradients: PyTree | None = None,
+    rho: float = 1.0,
 ) -> PyTree:
-    """Gives the updates of a model other first values, taken from its weights.
+    """Gives the updates of a model other first values, from its weights or from data.
 
     ```python
     model = lora_quax.loraify(plain, rank=8, key=key)
@@ -46,6 +87,16 @@ def initialise(
         are taken out of the base (Büyükakyüz, arXiv 2406.01775).
     - `"orthogonal"`: factors that are not zero and whose product is, of halves of an
         orthogonal matrix, as PEFT has it; the base is left as it is. The rank is even.
+    - `"eva"`: `a` is the principal components of what a weight is given by data, and
+        `b` is zero; the base is left as it is (Paischer et al., arXiv 2410.07170).
+    - `"corda ipm"` and `"corda kpm"`: of the weight times the second moment of what it
+        is given, the largest singular values, or the smallest, so that what the weight
+        does for these data is learnt from, or is kept (*instruction-previewed* and
+        *knowledge-preserved* mode). They are taken out of the base (Yang et al., arXiv
+        2406.05223).
+    - `"lora-ga"`: singular vectors of the gradient, so that the first step is near to
+        that of full fine-tuning; the update is taken out of the base (Wang et al.,
+        arXiv 2407.05000; PEFT's direction `"ArB2r"`, and γ = 16).
 
     The model computes what it computed before, as exactly as the base can hold the
     rest. A weight with several axes of columns, such as a convolution's, is taken as a
@@ -56,200 +107,143 @@ def initialise(
     - `model`: a model with `LoraArray`s, abstract or not.
     - `method`: one of the above.
     - `key`: for the methods that draw: `"orthogonal"` and `"randomised pissa"`.
+    - `moments`: for `"eva"` and CorDA: what `input_moments` gives, of this model.
+    - `gradients`: for `"lora-ga"`: the gradient of a loss with respect to the weights,
+        a tree like the plain model, as `equinox.filter_grad` gives it.
+    - `rho`: for `"eva"`: at most this many times its rank goes to a weight. With more
+        than 1, the ranks are shared out anew, as many in all as before, by how much of
+        the variance of its data a component explains; a weight that gets none is the
+        plain one again. A stack has one rank. The scalings stay. PEFT's default is 2.
 
     **Returns:** the model with other factors, and other bases where they are taken out.
 
-    **Raises:** `ValueError` if `method` is not known, needs a key, or a rank is odd; if
-    nothing in the model is a `LoraArray`, or one has an update that is no
-    `LowRankArray`, or a base that is no plain array, out of which nothing can be taken.
+    **Raises:** `ValueError` if `method` is not known, lacks an argument or is given one
+    that it has no use for, or a rank is odd; if nothing in the model is a `LoraArray`,
+    or one has an update that is no `LowRankArray`, or a base that is no plain array,
+    out of which nothing can be taken; if the data are not those of the model, are not
+    finite, or have nothing for a weight; if `rho` leaves no rank for the update inside
+    of a `DoRA`.
     """
     if method not in _METHODS:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}.")
-    if method in _DRAWN:
-        if key is None:
-            raise ValueError(f"{method!r} draws numbers: give it a `key`.")
-        check_key(key)
+    given = dict(key=key, moments=moments, gradients=gradients)
+    _, takes_out, needs = _METHODS[method]
+    check_given(method, needs, given)
+    rho = check_rho(rho, method)
+    data = None
+    if needs in ("moments", "gradients"):
+        data = at_weights(needs, model, given[needs])
 
-    def change(where: str, w: LoraArray, word) -> LoraArray:
-        if method != "orthogonal":
-            _refuse_base(where, w, f"{method!r} takes the update out of the base")
+    seen = []
+
+    def look(where: str, w: LoraArray, word, own: Any) -> LoraArray:
+        del word
+        if takes_out:
+            refuse_base(where, w, f"{method!r} takes the update out of the base")
         if method == "orthogonal" and w.rank % 2:
             raise ValueError(
                 f"{where} has rank {w.rank}; for orthogonal factors it must be even."
             )
-        own = None if key is None else jr.fold_in(key, word[0])
-        run: Any = _abstract_initialised if _is_abstract(w) else _initialised
-        return run(w, own, method)
+        if needs == "moments":
+            check_moments(where, w, own)
+        if needs == "gradients":
+            check_gradient(where, w, own)
+        seen.append((w, own))
+        return w
 
-    return _on_each(model, change)
+    on_each(model, look, data)
+    ranks = iter([w.rank for w, _ in seen])
+    if rho > 1:
+        refuse_unknown(seen)
+        weights = [w for w, _ in seen]
+        found = shares(weights, [own for _, own in seen], rho)
+        _refuse_hollow(model, [w for w, rank in zip(weights, found) if not rank])
+        ranks = iter(found)
 
+    def change(where: str, w: LoraArray, word, own: Any) -> Any:
+        del where
+        rank = next(ranks)
+        if not rank:
+            return w.base
+        own_key = None if key is None else jr.fold_in(key, word[0])
+        run = _abstract_initialised if _is_abstract((w, own)) else _initialised
+        delta, base = run(w, own, own_key, method, rank)
+        return replace(w, base=w.base if base is None else base, delta=delta)
 
-def loftq(
-    model: PyTree, kind: Kind = "nf4", *, tile: int | None = 64, steps: int = 1
-) -> PyTree:
-    """Quantises the bases of a model, with first updates that make up for the error.
-
-    In each step the weight less its update is quantised, and the update is the best of
-    its rank for what quantising lost (Li et al., *LoftQ*, arXiv 2310.08659).
-
-    **Arguments:**
-
-    - `model`: a model with `LoraArray`s around plain arrays.
-    - `kind`, `tile`: as for `quantise`.
-    - `steps`: how often.
-
-    **Returns:** the model with quantised bases, and such updates. It is nearer to the
-    model before than `quantise` alone is, and is no longer equal to it.
-
-    **Raises:** as `quantise` and `initialise`.
-    """
-    check_codec(kind, tile)
-    check_count("steps", steps)
-
-    def change(where: str, w: LoraArray, _) -> LoraArray:
-        _refuse_base(where, w, "the base is to be quantised")
-        out, rest = w, w.base
-        for _ in range(steps):
-            base = quantised(where, rest, w.delta.cols, kind, tile)
-            out = replace(w, base=base, delta=_best_update(w, base))
-            rest = _less_update(w.base, out.delta)
-        return out
-
-    return _on_each(model, change)
+    return on_each(model, change, data)
 
 
-def _on_each(model: PyTree, change: Callable) -> PyTree:
-    """The model with `change(where, w, word)` of each `LoraArray`."""
-    is_leaf = lambda x: isinstance(x, LoraArray)
-    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_leaf)
-    if not any(is_leaf(x) for _, x in leaves):
-        raise ValueError("Nothing in the model is a `LoraArray`. Call `loraify` first.")
-    paths = [dotted(path) for path, _ in leaves]
-    done: dict[tuple, LoraArray] = {}  # One array in two places stays one.
-    out = []
-    for path, word, (_, x) in zip(paths, words(paths), leaves):
-        arrays = tuple(map(id, jax.tree.leaves(x)))
-        if is_leaf(x) and arrays not in done:
-            done[arrays] = change(named(path), low_rank(named(path), x), word)
-        out.append(done[arrays] if is_leaf(x) else x)
-    return jax.tree.unflatten(treedef, out)
+def _refuse_hollow(model: PyTree, plain: list[LoraArray]) -> None:
+    """What is around an update, as DoRA is, cannot do without it."""
+    for x in jax.tree.leaves(model, is_leaf=is_adapted):
+        inside = [] if is_lora(x) else jax.tree.leaves(x, is_leaf=is_lora)
+        if any(y is w for y in inside for w in plain):
+            raise ValueError(
+                f"No rank is left for the update inside of a {type(x).__name__}, a "
+                f"weight of shape {x.shape}: give a smaller `rho`."
+            )
 
 
-def low_rank(where: str, w: LoraArray) -> LoraArray:
-    if not isinstance(w.delta, LowRankArray):
-        raise ValueError(
-            f"{where} has an update of the form {type(w.delta).__name__}; only the two "
-            "factors of a `LowRankArray` are known from a weight."
-        )
-    return w
-
-
-def _refuse_base(where: str, w: LoraArray, why: str) -> None:
-    if isinstance(w.base, quax.Value):
-        raise ValueError(
-            f"{where} has a base that is a {type(w.base).__name__}, and {why}, which "
-            "takes a plain array."
-        )
-
-
-def _is_abstract(w) -> bool:
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(w))
-
-
-# Of one matrix `(rows, cols)`: the factors `(rows, rank)` and `(rank, cols)`.
-
-
-def _of_singular_values(u, s, v, rank: int, scaling: float):
-    """The largest of them, shared by both factors."""
-    root = jnp.sqrt(s[:rank] / abs(scaling))
-    return math.copysign(1, scaling) * u[:, :rank] * root, root[:, None] * v[:rank]
-
-
-def _pissa(w, rank: int, scaling: float, key):
-    del key
-    u, s, v = jnp.linalg.svd(w, full_matrices=False)
-    return _of_singular_values(u, s, v, rank, scaling)
-
-
-_MORE, _ITERATIONS = 10, 4  # Vectors beyond the rank; products with w · wᵀ.
-
-
-def _randomised_pissa(w, rank: int, scaling: float, key):
-    n = min(rank + _MORE, *w.shape)
-    q, _ = jnp.linalg.qr(w @ jr.normal(key, (w.shape[1], n), w.dtype))
-    for _ in range(_ITERATIONS):
-        q, _ = jnp.linalg.qr(w.T @ q)
-        q, _ = jnp.linalg.qr(w @ q)
-    u, s, v = jnp.linalg.svd(q.T @ w, full_matrices=False)
-    return _of_singular_values(q @ u, s, v, rank, scaling)
-
-
-def _olora(w, rank: int, scaling: float, key):
-    del scaling, key
-    q, r = jnp.linalg.qr(w)
-    return q[:, :rank], r[:rank]
-
-
-def _orthogonal(w, rank: int, scaling: float, key):
-    """Of the rows of an orthogonal matrix some are for one factor, some for the other,
-    so that their product is zero."""
-    del scaling
-    keys, half = jr.split(key, 3), rank // 2
-    q, _ = jnp.linalg.qr(jr.normal(keys[0], (rank, rank), w.dtype))
-    a = jr.normal(keys[1], (w.shape[1], half), w.dtype) @ q[0::2] / 10
-    b = jr.normal(keys[2], (w.shape[0], half), w.dtype) @ q[1::2] / 10
-    return b, a.T
-
-
-_METHODS: dict[str, Callable] = {
-    "pissa": _pissa,
-    "randomised pissa": _randomised_pissa,
-    "olora": _olora,
-    "orthogonal": _orthogonal,
-}
-_DRAWN = ("randomised pissa", "orthogonal")
-
-
-def _factors(of, w: LoraArray, key, method: str) -> LowRankArray:
+def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRankArray:
     """The update of `w` that a method finds in the array `of`, matrix by matrix."""
-    n = w.n_batch
+    n, old = w.n_batch, w.delta
     batch, row_shape, col_shape = w.b.shape[:n], w.b.shape[n:-1], w.a.shape[n + 1 :]
     wide = wider(of.dtype, jnp.float32)
     sizes = [math.prod(shape) for shape in (batch, row_shape, col_shape)]
-    matrices = of.astype(wide).reshape(sizes)
+    matrices = _whole(of.astype(wide)).reshape(sizes)
     keys = jr.split(jr.key(0) if key is None else key, len(matrices))
-    find = ft.partial(_METHODS[method], rank=w.rank, scaling=w.scaling)
-    b, a = jax.vmap(lambda matrix, key: find(matrix, key=key))(matrices, keys)
-    missing = w.rank - b.shape[-1]  # A rank beyond that of the matrix.
+    if method == "lora-ga":
+        data = _whole(data).reshape(sizes)
+    else:
+        data = jax.tree.map(lambda x: x.reshape(sizes[0], *x.shape[n:]), data)
+    find = ft.partial(_METHODS[method].find, rank=rank, scaling=old.scaling)
+    of_one = lambda matrix, own, key: find(matrix, own, key=key)
+    b, a = jax.vmap(of_one)(matrices, data, keys)
+    missing = rank - b.shape[-1]  # A rank beyond that of the matrix.
     b = jnp.pad(b, ((0, 0), (0, 0), (0, missing)))
+    missing = rank - a.shape[-2]
     a = jnp.pad(a, ((0, 0), (0, missing), (0, 0)))
     return replace(
-        w.delta,
-        a=a.reshape(*batch, w.rank, *col_shape).astype(w.a.dtype),
-        b=b.reshape(*batch, *row_shape, w.rank).astype(w.b.dtype),
+        old,
+        a=a.reshape(*batch, rank, *col_shape).astype(old.a.dtype),
+        b=b.reshape(*batch, *row_shape, rank).astype(old.b.dtype),
+        rank=rank,
+        alpha=old.alpha if rank == old.rank else old.scaling * rank,
     )
 
 
-def _less_update(base, delta: LowRankArray):
+def less_update(base, delta: LowRankArray):
     wide = wider(base.dtype, jnp.float32)
-    return (base.astype(wide) - delta.product().astype(wide)).astype(base.dtype)
+    update = delta.product().astype(wide)
+    return (base.astype(wide) - _placed(update, base)).astype(base.dtype)
 
 
-def _initialise(w: LoraArray, key, method: str) -> LoraArray:
-    delta = _factors(dense(w.base), w, key, method)
-    keeps = method == "orthogonal"
-    base = w.base if keeps else _less_update(w.base, delta)
-    return replace(w, base=base, delta=delta)
+# On a mesh with explicit axes decompositions are of whole matrices alone.
+
+
+def _whole(x):
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return x
+    return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def _placed(x, like):
+    sharding = jax.typeof(like).sharding
+    explicit = AxisType.Explicit in sharding.mesh.axis_types
+    return jax.reshard(x, sharding) if explicit else x
+
+
+def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
+    """The update, and the base if it is another one."""
+    delta = update_of(w, dense(w.base), data, key, method, rank)
+    return delta, less_update(w.base, delta) if _METHODS[method].takes_out else None
 
 
 _initialised = eqx.filter_jit(_initialise)
 _abstract_initialised = ft.partial(eqx.filter_eval_shape, _initialise)
 
 
-@eqx.filter_jit
-def _best_update(w: LoraArray, base) -> LowRankArray:
-    """That of what a quantised base lacks."""
-    wide = wider(w.base.dtype, jnp.float32)
-    lacking = w.base.astype(wide) - dense(base).astype(wide)
-    return _factors(lacking, w, None, "pissa")
+def _is_abstract(tree: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))

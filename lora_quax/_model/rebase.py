@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from .._arrays.base import replace
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
-from .initialise import low_rank
+from .each import low_rank
 from .paths import dotted, named
 
 

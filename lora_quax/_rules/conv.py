@@ -68,6 +68,7 @@ def conv_general_dilated(
         down = arrange(kernel, labels, ["rank", in_axis, *window])
         down = jnp.tile(down, (feature_group_count, *(1,) * (len(spec) - 1)))
         z = convolve(x, down, (lhs_spec, spec, out_spec), 1)
+        z = w.between(z, out_spec[1])
         up = arrange(point, point_labels, [out_axis, "rank"])
         z, up = scaled(z, up.astype(z.dtype), w.scaling)
         n_groups = feature_group_count * batch_group_count

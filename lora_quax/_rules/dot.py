@@ -90,6 +90,7 @@ def _low_rank_product(
         precision=precision,
         preferred_element_type=preferred(preferred_element_type, x),
     )
+    z = w.between(z, z_labels.index("rank"))
     z, v = scaled(z, cast(v, z.dtype), w.scaling)
     return contract(
         z,
@@ -221,6 +222,7 @@ def _(
     z = product(x, x_contract, rows, u, u_labels, w_contract)
     free = [i for i in range(x.ndim) if i not in x_contract]
     # z: (*x_free, rank)
+    z = w.between(z, -1)
     z, v = scaled(z, v.astype(z.dtype), w.scaling)
     rows = tuple(map(free.index, rows))
     return product(z, (z.ndim - 1,), rows, v, v_labels, ["rank"], **of_result)

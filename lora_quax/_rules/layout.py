@@ -12,6 +12,7 @@ from jax import lax
 
 from .._arrays.base import replace
 from .._arrays.low_rank import LowRankArray
+from .._arrays.probe import Probe
 from .._arrays.thin_dot import arrange
 from .register import linear, NotLazy, settle
 
@@ -185,7 +186,9 @@ def _change_groups(w: LowRankArray, target: Sequence[int], operation: str):
 
 def refuse_growth(size: int, of: Sequence[LowRankArray], dense: int, operation: str):
     """**Raises:** `NotLazy` if factors of this size in all are larger than the array,
-    and than those they come from."""
+    and than those they come from. A probe is as large from the first."""
+    if any(isinstance(w, Probe) for w in of):
+        return
     if size > dense and size > max(w.a.size + w.b.size for w in of):
         raise NotLazy(
             f"{operation} takes a rank at which the factors would have {size} numbers, "

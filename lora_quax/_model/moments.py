@@ -1,0 +1,90 @@
+"""What the weights of a model are given by data."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from .._arrays.base import replace
+from .._arrays.probe import probe, read
+from .each import is_lora, low_rank, weights_of
+from .paths import named
+
+
+class Moments(eqx.Module):
+    """How many vectors a weight was multiplied with, their sum, and `Σ x · xᵀ`.
+
+    Those of several batches are added up: `jax.tree.map(jnp.add, first, second)`.
+    """
+
+    count: Float[Array, "*batch"]
+    first: Float[Array, "*batch n"]
+    second: Float[Array, "*batch n n"]
+
+    def covariance(self) -> Float[Array, "*batch n n"]:
+        """About the mean."""
+        count = jnp.maximum(self.count, 1)[..., None, None]
+        mean = self.first[..., None, :] / count
+        return self.second / count - jnp.swapaxes(mean, -1, -2) * mean
+
+
+def input_moments(fn: Callable) -> Callable[..., PyTree]:
+    """What the adapted weights of a model are multiplied with, as their moments.
+
+    ```python
+    forward = lambda model, x: jax.vmap(quax.quaxify(model))(x)
+    moments = eqx.filter_jit(lora_quax.input_moments(forward))(model, batch)
+    ```
+
+    They are taken by the derivative of `fn`, so `fn` may have loops over stacked
+    layers, `vmap`, `checkpoint` and whatever else reverse mode goes through; compiled,
+    no more than the products with the weights is left of it. A weight that multiplies
+    patches, as a convolution does, has the moments of these; one of a stack, or an
+    expert, those of its own vectors. Vectors of zeros, such as padding, do not count.
+    The update is away meanwhile: what is observed is the base.
+
+    **Arguments:**
+
+    - `fn`: any function `fn(model, *args, **kwargs)`. Its outputs have to depend on
+        what the weights compute; what they are does not matter.
+
+    **Returns:** a function of the same arguments. It gives the model with `Moments` in
+    place of each `LoraArray`, and `None` in place of the rest. With `n` the number of a
+    weight's columns, these have `n²` numbers, of float32 at least.
+
+    **Raises:** `ValueError` if the model has no `LoraArray`, or one whose update is no
+    `LowRankArray`; or if `fn` takes a derivative of the model.
+    """
+
+    @ft.wraps(fn)
+    def run(model, *args: Any, **kwargs: Any):
+        paths, leaves, treedef = weights_of(model)
+        probes = [
+            probe(x.base, low_rank(named(path), x).delta) if is_lora(x) else None
+            for path, x in zip(paths, leaves)
+        ]
+
+        def outputs(factors):
+            observed = [
+                x if p is None else replace(x, delta=replace(p, a=a))
+                for x, p, a in zip(leaves, probes, factors)
+            ]
+            out = fn(jax.tree.unflatten(treedef, observed), *args, **kwargs)
+            return [y for y in jax.tree.leaves(out) if eqx.is_inexact_array(y)]
+
+        # What is nearly the same for all vectors is subtracted later.
+        with jax.default_matmul_precision("highest"):
+            factors = [None if p is None else p.a for p in probes]
+            out, pull = jax.vjp(outputs, factors)
+            (found,) = pull(jax.tree.map(jnp.zeros_like, out))
+        moments = [
+            None if p is None else Moments(*read(a, p.cols))
+            for p, a in zip(probes, found)
+        ]
+        return jax.tree.unflatten(treedef, moments)
+
+    return run
