@@ -15,6 +15,7 @@ import pytest
 import quax
 from helpers import drawn
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
 
 import lora_quax
 from lora_quax import LoraArray, LowRankArray, QuantisedArray, with_dropout_key
@@ -23,6 +24,7 @@ from lora_quax import LoraArray, LowRankArray, QuantisedArray, with_dropout_key
 pytestmark = pytest.mark.usefixtures("x64")
 RATE = 0.3
 N = 60
+MESH = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
 
 
 def weight(*shape, rows=1, cols=1, rate=RATE, key: int | None = 0, scale=0.0) -> Any:
@@ -86,6 +88,20 @@ USES = {
         (N,),
     ),
     "a stack": (lambda w, x: jnp.einsum("soi,si->so", w, x), (1, 3, N), {}, (1, N)),
+    "one of two branches": (
+        lambda w, x: lax.cond(x[0] > 0, lambda: w, lambda: 2 * w) @ x,
+        (3, N),
+        {},
+        (N,),
+    ),
+    "a shard_map": (
+        lambda w, x: jax.shard_map(
+            lambda w, x: w @ x, mesh=MESH, in_specs=(P(), P()), out_specs=P()
+        )(w, x),
+        (3, N),
+        {},
+        (N,),
+    ),
     "conv": (
         lambda w, x: lax.conv_general_dilated(x, w, (1,), "VALID"),
         (2, 3, N // 3),
@@ -173,6 +189,16 @@ STREAMS = {
         (3, N),
         {},
     ),
+    "uses of a layer of a stack": (
+        lambda w, x: jnp.stack([w[0] @ x[0], w[0] @ x[1]]),
+        (2, 3, N),
+        {},
+    ),
+    "uses of what was reshaped": (
+        lambda w, x: jnp.stack([lax.squeeze(w[None], [0]) @ y for y in x]),
+        (3, N),
+        {},
+    ),
     "uses in a call": (
         lambda w, x: jnp.stack([jax.jit(jnp.dot)(w, x[i]) for i in range(2)]),
         (3, N),
@@ -212,6 +238,19 @@ def test_a_scan_outside_of_quaxify():
     f = lambda x: lax.scan(step, x, w)[1]
     first, second = np.asarray(jax.jit(jax.jacobian(f))(jnp.ones(N)))
     assert ((first == 0) != (second == 0)).any()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_stack_has_the_masks_of_its_weights(stacked):
+    """Also where all of it is given the same: as in an ensemble of adapters."""
+    w, x = weight(2, 3, N), jnp.ones((2, N) if stacked else N)
+    axes = (0, 0 if stacked else None)
+    inside = quax.quaxify(jax.vmap(product, axes))(w, x)
+    outside = jax.vmap(quax.quaxify(product), axes)(w, x)
+    np.testing.assert_array_equal(inside, outside)
+    assert inside[0, 0] != inside[1, 0]
+    none = jax.tree.map(lambda leaf: leaf[:0], w)
+    assert quax.quaxify(jax.vmap(product, (0, None)))(none, jnp.ones(N)).shape == (0, 3)
 
 
 def test_keys_for_each_example():

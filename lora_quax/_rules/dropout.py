@@ -7,7 +7,7 @@ from jax.extend.core.primitives import copy_p, name_p, stop_gradient_p
 from jaxtyping import ArrayLike
 
 from .._arrays.base import replace
-from .._arrays.dropout import DropoutArray
+from .._arrays.dropout import DropoutArray, renewed
 from .._arrays.lora import LoraArray
 from .._compat import pvary_p
 from .scaled import MOVES
@@ -19,11 +19,14 @@ def _with_keys(w: DropoutArray, out, keys):
 
 
 def _moved(w: DropoutArray, move, *rest, **params):
-    """The keys of what is moved. One key that stays one is the very same, so that its
-    uses are counted."""
+    """The keys of what is moved. One key that stays as it is is the very same, so that
+    its uses are counted. Others are new arrays, of which nobody knows what they were:
+    so to move them counts as a use."""
     keys = move(w.key, w.shape, *rest, **params)
-    same = lambda new: w.key if new.shape == w.key.shape and new.size == 1 else new
-    return list(map(same, keys)) if isinstance(keys, list) else same(keys)
+    shapes = [key.shape for key in (keys if isinstance(keys, list) else [keys])]
+    if w.key.size == 1 and all(shape == w.key.shape for shape in shapes):
+        return [w.key for _ in keys] if isinstance(keys, list) else w.key
+    return move(renewed(w.key), w.shape, *rest, **params)
 
 
 def _moves(primitive, move):
@@ -46,7 +49,8 @@ def _stays(primitive):
 
     def done(w: DropoutArray, out):
         new = (1,) * (out.ndim - w.ndim)
-        return _with_keys(w, out, w.key.reshape(new + w.key.shape))
+        key = renewed(w.key).reshape(new + w.key.shape) if new else w.key
+        return _with_keys(w, out, key)
 
     @quax.register(primitive)
     def _(w: DropoutArray, *rest: ArrayLike, **params):
