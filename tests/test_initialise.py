@@ -38,9 +38,9 @@ def _weights(model):
     return [x for x in jax.tree.leaves(model, is_leaf=is_leaf) if is_leaf(x)]
 
 
-def _net(dtype=jnp.float32, rank=4, alpha=6.0):
+def _net(dtype=jnp.float32, rank=4, alpha=6.0, **kwargs):
     plain = Net(jr.key(0), dtype)
-    return plain, lora_quax.loraify(plain, rank, jr.key(1), alpha=alpha)
+    return plain, lora_quax.loraify(plain, rank, jr.key(1), alpha=alpha, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -116,9 +116,30 @@ def test_a_key_and_a_path_decide(method):
     assert eqx.tree_equal(abstractly, types)
 
 
-@pytest.mark.parametrize("method", ["pissa", "randomised pissa", "olora"])
-def test_rebase(method, tmp_path):
-    plain, model = _net()
+ALL = [eqx.nn.Linear, eqx.nn.Conv]
+AS = {
+    "alone": dict(),
+    "dora": dict(use_dora=True),
+    "beside others": dict(
+        targets={
+            **dict.fromkeys(ALL, True),
+            "small": lora_quax.Adapt(update=lora_quax.IA3),
+            "plain": "full",
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "method, adapted",
+    [
+        ("pissa", "alone"),
+        ("randomised pissa", "dora"),
+        ("olora", "beside others"),
+    ],
+)
+def test_rebase(method, adapted, tmp_path):
+    plain, model = _net(**AS[adapted])
     initial = initialise(model, method, key=jr.key(2))
     trained = jax.tree.map(
         lambda x, t: x + 0.1 * jnp.sin(x) if t else x,
