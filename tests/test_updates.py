@@ -262,6 +262,13 @@ def test_what_makes_no_sense_is_refused(case):
         loraify(MODEL, rank, jr.key(0), **options)
 
 
+@pytest.mark.parametrize("form", [LowRankArray, LoHa, LoKr, VeRA])
+@pytest.mark.parametrize("shape, rows", [((), 1), ((3,), 1), ((4, 6), 2), ((4, 6), -1)])
+def test_an_array_of_too_few_axes(form, shape, rows):
+    with pytest.raises(ValueError, match=f"cannot have {rows} axes of rows and 1 of"):
+        form.init(shape, rank=2, key=jr.key(0), rows=rows)
+
+
 def test_a_base_that_trains():
     model = loraify(MODEL, None, jr.key(0), update=IA3, stop_gradient=False)
     assert lora_quax.labels(model).weight.base == "full"
