@@ -81,6 +81,12 @@ USES = {
         {},
         (N,),
     ),
+    "layers looked up": (
+        lambda w, x: jnp.einsum("soi,si->so", w[jnp.array([1])], x),
+        (2, 3, N),
+        {},
+        (1, N),
+    ),
     "a scan over layers": (
         lambda w, x: lax.scan(lambda c, v: (c, v @ c), x, w)[1],
         (2, 3, N),
@@ -207,6 +213,11 @@ STREAMS = {
     "examples": (lambda w, x: jax.vmap(lambda x: w @ x)(x), (3, N), {}),
     "layers of a stack": (
         lambda w, x: jnp.stack([w[i] @ x[i] for i in range(2)]),
+        (2, 3, N),
+        {},
+    ),
+    "layers looked up": (
+        lambda w, x: jax.vmap(lambda i, x: w[i] @ x)(jnp.array([1, 0]), x),
         (2, 3, N),
         {},
     ),
@@ -424,7 +435,7 @@ def test_files(getkey, tmp_path):
     assert [layer.weight.dropout for layer in loaded.layers] == [0.25, 0.25]
 
 
-def test_the_model_of_a_step(getkey):
+def test_the_model_of_a_step(getkey, tmp_path):
     """It partitions, merges and comes apart as the model does that it was made of."""
     plain, model = _model(getkey)
     dropping = with_dropout_key(model, getkey())
@@ -435,3 +446,8 @@ def test_the_model_of_a_step(getkey):
     assert eqx.tree_equal(lora_quax.merge(dropping), lora_quax.merge(model))
     again = with_dropout_key(dropping, jr.key(3))
     assert eqx.tree_equal(again, with_dropout_key(model, jr.key(3)))
+    files = [tmp_path / "of the step", tmp_path / "of the model"]
+    for path, saved in zip(files, (dropping, model)):
+        lora_quax.save_adapter(path, saved)
+        lora_quax.peft.save(f"{path}, peft", saved)
+    assert files[0].read_bytes() == files[1].read_bytes()

@@ -247,6 +247,21 @@ REFUSED = {
         dict(update=ft.partial(Rows.init, indices=[1, 2, 1])),
         "`indices` has 1 more than once",
     ),
+    "where a row is not": (
+        None,
+        dict(update=ft.partial(Rows.init, indices=[4])),
+        "`weight`: `indices` has 4",
+    ),
+    "DoRA of IA3": (
+        None,
+        dict(update=IA3, use_dora=True),
+        r"`weight` cannot have DoRA, which .* and IA3 is not. Give `Adapt\(use_dora",
+    ),
+    "dropout of IA3": (
+        None,
+        dict(update=IA3, dropout=0.1),
+        r"`weight` cannot have dropout, which .* Give `Adapt\(dropout=0\)`",
+    ),
     "no rows": (
         None,
         dict(update=ft.partial(Rows.init, indices=[])),

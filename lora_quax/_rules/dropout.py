@@ -10,7 +10,8 @@ from .._arrays.base import replace
 from .._arrays.dropout import DropoutArray, renewed
 from .._arrays.lora import LoraArray
 from .._compat import pvary_p
-from .scaled import MOVES
+from .register import as_array
+from .scaled import gathered, MOVES
 
 
 def _with_keys(w: DropoutArray, out, keys):
@@ -41,6 +42,17 @@ def _moves(primitive, move):
 
 for _primitive, _move in MOVES.items():
     _moves(_primitive, _move)
+
+
+@quax.register(lax.gather_p)
+def _(w: DropoutArray, indices: ArrayLike, **params):
+    """A lookup has none; but whole matrices of a stack are weights still."""
+    indices = as_array(indices)
+    out = quax.quaxify(lax.gather_p.bind)(w.w, indices, **params)
+    if not isinstance(out, LoraArray):
+        return out
+    params["mode"] = lax.GatherScatterMode.CLIP  # No key can be filled in.
+    return _with_keys(w, out, gathered(renewed(w.key), w.shape, indices, **params))
 
 
 def _stays(primitive):
