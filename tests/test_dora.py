@@ -134,7 +134,7 @@ def test_the_scale_is_accurate_near_one():
         before = DoRA(LoraArray.from_parts(w, LowRankArray(a, 0 * b32)))
         after = LowRankArray(a, b32)
         after = DoRA.from_parts(LoraArray.from_parts(w, after), before.magnitude)
-        found = lower(after).scale.ravel().astype(np.float64)
+        found = np.asarray(lower(after).scale, np.float64).ravel()
         w64, a64, b64 = (np.asarray(y).astype(np.float64) for y in (w, a, b32))
         norm = ft.partial(np.linalg.norm, axis=1)
         exact = norm(w64) / norm(w64 + b64 @ a64)

@@ -144,15 +144,17 @@ def _read(folder):
 
 
 def _by_module(tensors):
-    shared = [x for x in tensors if not x.startswith(PREFIX)]
+    shared = {
+        k.removeprefix("base_model."): x
+        for k, x in tensors.items()
+        if not k.startswith(PREFIX)
+    }
     out: dict[str, dict[str, Any]] = {}
     for name in WHERE:
         start = f"{PREFIX}{name}."
         own = {k.removeprefix(start): x for k, x in tensors.items() if start in k}
         if own:
-            out[name] = own | {
-                x.removeprefix("base_model."): tensors[x] for x in shared
-            }
+            out[name] = own | shared
     return out
 
 
