@@ -310,6 +310,17 @@ def test_no_step_is_traced_again(getkey):
     assert isinstance(model.layers[0].weight, LoraArray)
 
 
+def test_no_tracer_is_kept(getkey):
+    w = lora_quax.DoRA(weight(3, 4, key=None))
+
+    @jax.jit
+    def run(key):
+        return quax.quaxify(_twice)(with_dropout_key(w, key), jnp.ones((2, 4)))
+
+    with jax.checking_leaks():
+        run(getkey())
+
+
 def test_a_key_gives_the_same_run_again(getkey):
     w, x = weight(3, N, key=None), jnp.ones((2, N))
     run = lambda: quax.quaxify(_twice)(with_dropout_key(w, jr.key(7)), x)

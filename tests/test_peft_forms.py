@@ -48,7 +48,7 @@ class _Net(eqx.Module):
         line = ft.partial(eqx.nn.Linear, use_bias=use_bias)
         self.tokens = eqx.nn.Embedding(10, 4, key=jr.key(0))
         self.plane = eqx.nn.Conv2d(4, 6, 3, use_bias=use_bias, key=jr.key(1))
-        self.up = {"line": line(6, 9, key=jr.key(2))}
+        self.up = {"line": line(4, 9, key=jr.key(2))}
         blocks = [line(6, 6, key=jr.key(i)) for i in (3, 4)]
         self.blocks = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
 
@@ -101,9 +101,11 @@ def _vera(w, t, s):
 
 def _ia3(w, t, s):
     scale = t["ia3_l"]
+    if w.ndim == 2:
+        return w * scale
     # Of a kernel the numbers are along the second axis, whichever side they are of.
-    swapped = w.ndim == 4 and scale.shape[1] == w.shape[0] != w.shape[1]
-    return w * (scale.swapaxes(0, 1) if swapped else scale)
+    assert len(scale) == 1
+    return w * (scale if scale.shape[1] == w.shape[1] else scale.swapaxes(0, 1))
 
 
 def _tokens(w, t, s):

@@ -25,6 +25,7 @@ from lora_quax import (
     Rows,
     VeRA,
 )
+from lora_quax._arrays.base import replace
 
 
 class Last(AbstractDelta):
@@ -127,6 +128,16 @@ def test_an_abstract_model(form):
     for key in jr.key(1), eqx.filter_eval_shape(lambda: jr.key(1)):
         abstract = _adapted(form, shapes, key)
         assert eqx.tree_equal(abstract, eqx.filter_eval_shape(lambda: model))
+
+
+@pytest.mark.parametrize("form", ["loha", "lokr, both", "vera"])
+def test_each_part_has_a_scaling_of_its_own(form):
+    rank, update = FORMS[form]
+    update = _trained(loraify(MODEL, rank, jr.key(1), update=update)).weight.delta
+    is_part = lambda x: isinstance(x, LowRankArray)
+    scaled = lambda x: replace(x, alpha=2.5 * x.rank) if is_part(x) else x
+    update = jax.tree.map(scaled, update, is_leaf=is_part)
+    assert_close(update.lower(), dense(update), rtol=1e-5, atol=1e-5)
 
 
 def test_what_others_are_adapted_does_not_change_an_update():

@@ -136,9 +136,12 @@ def renewed(key: Array) -> Array:
 
 
 def _next(key: Array, uses: dict) -> Array:
-    # The key is kept, so that no other one gets its number.
-    _, numbers = uses.setdefault(id(key), (key, it.count()))
-    n = next(numbers)
+    # Forgotten with the key, so that no other one gets its number; and not kept, for it
+    # may be a tracer.
+    i = id(key)
+    if i not in uses:
+        uses[i] = weakref.ref(key, lambda _: uses.pop(i)), it.count()
+    n = next(uses[i][1])
     return jax.vmap(lambda key: jr.fold_in(key, n))(key.ravel()).reshape(key.shape)
 
 
