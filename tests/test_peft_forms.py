@@ -48,7 +48,10 @@ class _Net(eqx.Module):
         line = ft.partial(eqx.nn.Linear, use_bias=use_bias)
         self.tokens = eqx.nn.Embedding(10, 4, key=jr.key(0))
         self.plane = eqx.nn.Conv2d(4, 6, 3, use_bias=use_bias, key=jr.key(1))
-        self.up = {"line": line(4, 9, key=jr.key(2))}
+        self.up = {
+            "line": line(4, 9, key=jr.key(2)),
+            "more": line(6, 5, key=jr.key(5)),
+        }
         blocks = [line(6, 6, key=jr.key(i)) for i in (3, 4)]
         self.blocks = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
 
@@ -58,6 +61,7 @@ WHERE = {
     "tokens": lambda net: net.tokens.weight,
     "plane": lambda net: net.plane.weight,
     "up.line": lambda net: net.up["line"].weight,
+    "up.more": lambda net: net.up["more"].weight,
     "blocks.0": lambda net: net.blocks.weight[0],
     "blocks.1": lambda net: net.blocks.weight[1],
 }
@@ -180,7 +184,8 @@ def test_a_file_says_what_the_model_computes(name, tmp_path):
     config, tensors = _read(tmp_path / "a")
     weights = densify(model)
     modules = _by_module(tensors)
-    assert len(modules) == len(CASES[name][3]) + 1  # `blocks` are two.
+    targets = CASES[name][3]
+    assert [*modules] == [x for x in WHERE if x.partition(".")[0] in targets]
     for module, found in modules.items():
         expected = compute(WHERE[module](base), found, _scaling(config, module))
         np.testing.assert_allclose(
@@ -197,9 +202,11 @@ def test_a_bias_is_scaled_as_what_its_layer_gives(tmp_path):
     peft.save(tmp_path / "a", _adapted("ia3 of inputs", _Net()), names=NAMES)
     path, saved = tmp_path / "a" / CONFIG, (tmp_path / "a" / WEIGHTS).read_bytes()
     config = json.loads(path.read_text())
-    assert config["feedforward_modules"] == ["plane", "up.line"]
+    assert config["feedforward_modules"] == ["plane", "up.line", "up.more"]
     # PEFT finds them by the ends of their names.
-    path.write_text(json.dumps(config | {"feedforward_modules": ["ane", "line"]}))
+    path.write_text(
+        json.dumps(config | {"feedforward_modules": ["ane", "line", "more"]})
+    )
     base = _Net(use_bias=True)
     loaded = peft.load(tmp_path / "a", base, names=NAMES)
     assert bits(loaded.plane.bias) == bits(base.plane.bias)
