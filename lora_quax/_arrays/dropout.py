@@ -33,7 +33,8 @@ class DropoutArray(AdaptedArray):
 
     A mask depends on the key, on how often that was used before in the same call of
     `quaxify`, and on nothing else: a program that is compiled, differentiated or
-    checkpointed sees the same one.
+    checkpointed sees the same one. A `jit` or a loop inside of it is one use, and
+    counts its own.
 
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from
     Overfitting*, JMLR 15 (2014).
