@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._arrays.base import BASE, is_adapted, roles
+from .._model.dropout import without_key
 from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
 from .._model.placed import all_beside_bases
@@ -108,6 +109,7 @@ def save_adapter(
     `TypeError` if the model is abstract or traced; `OSError` if the file cannot be
     written.
     """
+    model = without_key(model)
     if base is not None:
         refuse_changed(model, base)
     check_state(model, state)

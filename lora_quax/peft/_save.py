@@ -15,6 +15,7 @@ from .._disk.exchange import refuse_changed, refuse_non_finite
 from .._disk.files import write_tensors
 from .._disk.state import state_paths
 from .._disk.whole import folder_whole
+from .._model.dropout import without_key
 from .._model.merge import refuse_partial
 from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
@@ -125,6 +126,7 @@ def save(
     if use_rslora and consumer != "peft":
         raise ValueError(f"`use_rslora` is not known to {consumer}; leave it out.")
     refuse_partial(model)
+    model = without_key(model)
     before = base if initial is None else initial
     if before is not None:
         refuse_changed(model, before)
