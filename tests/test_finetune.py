@@ -1,6 +1,7 @@
 """`finetune` and what it is made of, as far as it needs no package with models."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ from finetuned import config, MOMENTS, sets, stand, texts
 import lora_quax
 from lora_quax import AdapterError, peft
 from lora_quax.__main__ import main
-from lora_quax._cli.finetune import run as runs
+from lora_quax._cli.finetune import checkpoint, run as runs
 from lora_quax._cli.finetune.batches import batches, Order, padded_length
 from lora_quax._cli.finetune.config import Config, Lora, read_config, Train
 from lora_quax._cli.finetune.data import encode, Example, read_examples, Tokens
@@ -117,6 +118,10 @@ BAD = {
     ),
     "true for an integer": (GOOD + "[lora]\nrank = true\n", "and is True"),
     "too small": (GOOD + "[lora]\nrank = 0\n", "of at least 1, and is 0"),
+    "what is no end of a line": (
+        GOOD + "# \u2028 \x85\n[lora]\nrank = 0\n",
+        "line 11: `rank` of",
+    ),
     "no float": (
         GOOD + f"[lora]\nalpha = {10**400}\n",
         "`alpha` of .* has to be a number above 0, and is 1000",
@@ -642,8 +647,8 @@ def test_what_a_run_leaves(whole):
 
 
 def test_the_adapter_is_that_of_peft(whole):
-    checkpoint = whole / "checkpoints" / "step-00000009" / "adapter.safetensors"
-    model = lora_quax.load_adapter(checkpoint, stand().model)
+    ours = whole / "checkpoints" / "step-00000009" / "adapter.safetensors"
+    model = lora_quax.load_adapter(ours, stand().model)
     assert bits(peft.load(whole / "adapter", stand().model)) == bits(model)
 
 
@@ -736,6 +741,24 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path):
     (file.parent / "run.json").write_text("[")
     with pytest.raises(AdapterError, match="run.json is not JSON"):
         train(config(tmp_path, steps=2, warmup=0), sets(), stand(), resume=True)
+
+
+def test_a_full_disk_loses_no_checkpoint(whole, tmp_path, monkeypatch):
+    before, calls = checkpoint.write_tensors, iter(range(9))
+
+    def full(*args):
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return before(*args)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    message = "after step 6 cannot be written: .*No space.*`--resume` goes on"
+    with pytest.raises(OSError, match=message):
+        train(config(tmp_path), sets(), stand(), resume=False)
+    steps = [x.name for x in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert steps == ["step-00000002", "step-00000004"]
+    train(config(tmp_path), sets(), stand(), resume=True)
+    assert contents(tmp_path / "run") == contents(whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):

@@ -259,4 +259,10 @@ def _evaluate(run: Run, log: Log, said: Report) -> None:
 def _checkpoint(run: Run) -> None:
     output = run.config.output
     folder = output.folder / CHECKPOINTS
-    save_checkpoint(folder, run.state, run.about(), output.keep)
+    try:
+        save_checkpoint(folder, run.state, run.about(), output.keep)
+    except OSError as e:
+        raise OSError(
+            f"The checkpoint after step {run.state.step} cannot be written: {e}. Those "
+            "before it are as they were, and `--resume` goes on from the newest."
+        ) from e

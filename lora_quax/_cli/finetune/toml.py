@@ -164,7 +164,8 @@ class _Lines:
 
     def __init__(self, text: str):
         self._first: dict[tuple[str, ...], int] = {}
-        lines, begins = text.splitlines(keepends=True), 1
+        # Of TOML's lines; Python knows more characters that end one.
+        lines, begins = [f"{line}\n" for line in text.split("\n")], 1
         for end in range(1, len(lines) + 1):
             try:
                 found = tomllib.loads("".join(lines[:end]))
