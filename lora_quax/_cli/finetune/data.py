@@ -83,8 +83,8 @@ def _example(number: int, line: bytes) -> Example:
     kinds = [key for key in _KEYS if key in found]
     if len(kinds) != 1:
         raise ValueError(_not_one(found))
-    _refuse_calls(found, "it")
     if kinds == ["messages"]:
+        _refuse_calls(found, "it")
         return Example(number, None, [*_messages(found["messages"])])
     text = found["text"]
     if not isinstance(text, str) or not text.strip():
