@@ -78,8 +78,8 @@ class Loss(NamedTuple):
         - `right`, `learnt`: of shape `(tokens,)`.
         """
         scores = quax.quaxify(_scores)
-        shape = jax.eval_shape(lambda x: scores(model, x), hidden).shape
-        n = max(1, math.ceil(math.prod(shape) / self.most_scores))
+        tokens, vocabulary = jax.eval_shape(lambda x: scores(model, x), hidden).shape
+        n = math.ceil(tokens / max(1, self.most_scores // vocabulary))
 
         def of_part(part):
             hidden, right, learnt = part
@@ -88,12 +88,11 @@ class Loss(NamedTuple):
             nll = jax.nn.logsumexp(x, axis=1) - of_right
             return jnp.sum(jnp.where(learnt, nll, 0.0))
 
-        tokens = hidden, right, learnt
+        whole = hidden, right, learnt
         if n == 1:
-            return of_part(tokens)
-        size = math.ceil(len(hidden) / n)
-        parts = [_split(x, n, size) for x in tokens]
-        return jnp.sum(jax.lax.map(jax.checkpoint(of_part), tuple(parts)))
+            return of_part(whole)
+        parts = tuple(_split(x, n, math.ceil(tokens / n)) for x in whole)
+        return jnp.sum(jax.lax.map(jax.checkpoint(of_part), parts))
 
 
 class _Again(eqx.Module):
