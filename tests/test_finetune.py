@@ -585,7 +585,7 @@ def test_what_is_dropped_is_of_the_seed_and_the_step(tmp_path):
 UPDATES = {
     "loha": dict(update="loha"),
     "vera": dict(update="vera"),
-    "dora": dict(use_dora=True, dropout=0.1, alpha=8.0),
+    "dora": dict(use_dora=True, use_rslora=True, dropout=0.1, alpha=8.0),
 }
 
 

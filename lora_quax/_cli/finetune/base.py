@@ -82,6 +82,7 @@ def adapt(base: Causal, config: Lora, seed: int) -> PyTree:
         update=_UPDATES[config.update],
         dropout=config.dropout,
         use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
     )
 
 

@@ -35,6 +35,7 @@ class Lora:
     dropout: float = number(0.0, least=0)
     update: Literal["lora", "loha", "lokr", "vera"] = "lora"
     use_dora: bool = False
+    use_rslora: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,10 @@ def _check_lora(lora: Lora) -> Iterator[Wrong]:
         yield Wrong("lora", "use_dora", f"DoRA is of LoRA, and {what}")
     if lora.dropout:
         yield Wrong("lora", "dropout", f"PEFT has it of LoRA, and {what}")
-    if lora.update == "vera" and lora.alpha is not None:
-        yield Wrong("lora", "alpha", f"{what}, which has no alpha; leave it out")
+    if lora.update == "vera":
+        for key in ("alpha", "use_rslora"):
+            if getattr(lora, key):
+                yield Wrong("lora", key, f"{what}, which has no alpha; leave it out")
 
 
 def is_gguf(path: Path) -> bool:
