@@ -96,7 +96,8 @@ def test_a_cache_on_a_mesh(bits, tolerance):
 
         def step(caches, now):
             i, token = now
-            logits, *caches = quax.quaxify(decode)(decoder, token, *caches, i)
+            keys, values = caches
+            logits, *caches = quax.quaxify(decode)(decoder, token, keys, values, i)
             return tuple(caches), logits
 
         now = jnp.arange(TOKENS), tokens.T
