@@ -299,6 +299,12 @@ def test_rules_that_do_not_fit(rules, match):
         lora_quax.shard(mlp(), mesh_of(), rules)
 
 
+def test_an_update_that_is_a_weight_is_laid_out():
+    delta = loraify(mlp(), 2, jr.key(1)).layers[0].weight.delta
+    laid = lora_quax.shard({"w": delta}, mesh_of(), {"w": P("fsdp", "tp")})["w"]
+    assert laid.a.sharding.spec == A and laid.b.sharding.spec == B
+
+
 def test_adapters_are_loaded_to_where_bases_lie(tmp_path):
     plain = mlp()
     adapted = loraify(plain, 2, jr.key(1), init_b=jax.nn.initializers.normal())

@@ -68,9 +68,14 @@ def all_beside_bases(model: PyTree) -> PyTree:
     """A model of which what trains lies where its bases do."""
     leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)
     placed = [
-        beside_base(dotted(path), x, None) if is_adapted(x) else x for path, x in leaves
+        beside_base(dotted(path), x, None) if has_base(x) else x for path, x in leaves
     ]
     return jtu.tree_unflatten(treedef, placed)
+
+
+def has_base(x: Any) -> bool:
+    """An update that is a weight by itself has none."""
+    return is_adapted(x) and base_of(x) is not None
 
 
 def put_on(x: Any, sharding: NamedSharding) -> Any:
@@ -83,7 +88,8 @@ def put_on(x: Any, sharding: NamedSharding) -> Any:
 def _sharding_of(base: Any) -> NamedSharding | None:
     """How a weight is sharded, if it is on a mesh; a quantised one as its codes are."""
     n_axes = len(aval_of(base).shape)
-    leaf = next(x for x in jax.tree.leaves(base) if len(x.shape) == n_axes)
+    leaves = jax.tree.leaves(base)
+    leaf = next((x for x in leaves if len(x.shape) == n_axes), None)
     if isinstance(leaf, Tracer):  # On a mesh that is not explicit, nothing is known.
         sharding: Any = jax.typeof(leaf).sharding
         return None if sharding.mesh.empty or not any(sharding.spec) else sharding

@@ -9,11 +9,11 @@ import jax.tree_util as jtu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from .._arrays.base import base_of, is_adapted, with_base
+from .._arrays.base import base_of, with_base
 from .._arrays.check import aval_of
 from .._rules.leaves import leaf_shardings
 from .paths import is_array, is_value, join, Leaf, leaves_of, named
-from .placed import beside_base, check_spec, put_on
+from .placed import beside_base, check_spec, has_base, put_on
 from .select import nearest
 from .targets import read_pattern
 
@@ -85,7 +85,7 @@ def _means(pattern: re.Pattern, leaf: Leaf) -> bool:
 
 
 def _laid(path: str, x: Any, sharding: NamedSharding) -> Any:
-    if is_adapted(x):
+    if has_base(x):
         base = _laid(path, base_of(x), sharding)
         return beside_base(path, with_base(x, base), None)
     if not is_value(x):
