@@ -138,7 +138,7 @@ def main(folder: Path) -> dict[str, Any]:
     def same(model, other) -> bool:
         trees = [eqx.filter(x, eqx.is_array) for x in (model, other)]
         gathered = process_allgather(trees, tiled=True)
-        return eqx.tree_equal(*gathered)
+        return bool(eqx.tree_equal(*gathered))
 
     errors = {}
     for name, call in wrong(i, folder, model, adapted, mesh).items():
