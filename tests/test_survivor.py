@@ -42,7 +42,7 @@ def live(folder: Path, rng: random.Random, shape: dict) -> None:
         if rng.random() < 0.25:
             time.sleep(rng.uniform(0, _START))
         else:
-            end = time.monotonic() + 120
+            end = time.monotonic() + 300
             while lines(folder) - before <= steps * len(running):
                 assert all(one.poll() is None for one in running), "it ended by itself"
                 assert time.monotonic() < end, "no step was taken"

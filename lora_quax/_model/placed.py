@@ -68,10 +68,12 @@ def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
 
 
 def all_beside_bases(model: PyTree) -> PyTree:
-    """A model of which what trains lies where its bases do."""
+    """A model of which what trains lies where its bases do. An update by itself, which
+    has none, stays where it is."""
+    has_base = lambda x: is_adapted(x) and base_of(x) is not None
     leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)
     placed = [
-        beside_base(dotted(path), x, None) if is_adapted(x) else x for path, x in leaves
+        beside_base(dotted(path), x, None) if has_base(x) else x for path, x in leaves
     ]
     return jtu.tree_unflatten(treedef, placed)
 
