@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
+
 from . import __version__
 from ._cli.convert import convert
 from ._cli.diff import diff
@@ -213,7 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = legible(str(e), _LONGEST)
         print(f"lora_quax: error: {text}", file=sys.stderr)
         return 2
-    except MemoryError as e:
+    except (MemoryError, jax.errors.JaxRuntimeError) as e:
+        if not isinstance(e, MemoryError) and "RESOURCE_EXHAUSTED" not in str(e):
+            raise
         print(f"lora_quax: error: the memory does not suffice. {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """An update beside a module that is opaque, or by itself."""
 
+import re
 from typing import Any
 
 import equinox as eqx
@@ -106,6 +107,20 @@ WRONG = {
     ),
     "a rank": (dict(rank=0), "`rank` must be a positive integer"),
 }
+
+
+CALLS: dict[str, Any] = {
+    "other features": (opaque, 5, "of 4 features was given an array of shape (5,)"),
+    "one feature": (lambda x: x[:1], 4, "must give an array of shape (3,); it gave"),
+    "two arrays": (lambda x: (x, x), 4, "must give an array of shape (3,); it gave"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_wrong_call_is_named(name):
+    module, features, match = CALLS[name]
+    with pytest.raises(ValueError, match=re.escape(match)):
+        _branch(module)(jnp.ones(features))
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -28,6 +28,7 @@ from helpers import (
     TRANSFORMS,
     x,
 )
+from jax.sharding import AxisType, PartitionSpec as P
 from test_rules import PROGRAMS
 
 import lora_quax
@@ -45,6 +46,9 @@ from lora_quax import (
     unload,
 )
 from lora_quax._arrays.base import lower, replace
+
+
+MESH = jax.make_mesh((2,), ("i",), axis_types=(AxisType.Auto,))
 
 
 def uneven(w: LoraArray, per: Any = "rows", detached=True) -> DoRA:
@@ -130,7 +134,7 @@ def test_the_scale_is_accurate_near_one():
         before = DoRA(LoraArray.from_parts(w, LowRankArray(a, 0 * b32)))
         after = LowRankArray(a, b32)
         after = DoRA.from_parts(LoraArray.from_parts(w, after), before.magnitude)
-        found = lower(after).scale.ravel().astype(np.float64)
+        found = np.asarray(lower(after).scale, np.float64).ravel()
         w64, a64, b64 = (np.asarray(y).astype(np.float64) for y in (w, a, b32))
         norm = ft.partial(np.linalg.norm, axis=1)
         exact = norm(w64) / norm(w64 + b64 @ a64)
@@ -331,6 +335,45 @@ def test_what_a_loop_reads_in_each_step_is_lowered_before_it(loop, x64):
         if hasattr(body, "jaxpr")
         for inner in equations(body)
     )
+
+
+@pytest.mark.parametrize("axis", ["rows", "columns", "columns, gathered"])
+@pytest.mark.parametrize("per", ["rows", "columns"])
+def test_inside_a_shard_map_norms_are_of_all_or_refused(per, axis, x64):
+    """Of its leaves each device has a part, of whole rows or of whole columns."""
+    w = uneven(lora((4, 6)), per)
+    spec = P("i", None) if axis == "rows" else P(None, "i")
+    specs = replace(w, magnitude=P("i" if per == axis.split(",")[0] else None))
+    of_a, of_b = P(None, spec[1]), P(spec[0], None)
+    delta = replace(w.lora.delta, a=of_a, b=of_b)
+    specs = replace(specs, lora=replace(w.lora, base=spec, delta=delta))
+
+    def gathered(w):
+        gather = ft.partial(jax.lax.all_gather, axis_name="i", tiled=True)
+        b = jax.lax.pcast(w.lora.b, ("i",), to="varying")
+        delta = replace(w.lora.delta, a=gather(w.lora.a, axis=1), b=b)
+        lora = replace(w.lora, base=gather(w.lora.base, axis=1), delta=delta)
+        kept = w.magnitude if per == "rows" else gather(w.magnitude)
+        return replace(w, lora=lora, magnitude=kept)
+
+    def local(w, x):
+        w = gathered(w) if "gathered" in axis else w
+        y = quax.quaxify(jnp.matmul)(w, x)
+        return jax.lax.psum(y, "i") if axis == "columns" else y
+
+    of_x, of_y = {
+        "rows": (P(), P("i")),
+        "columns": (P("i"), P()),
+        "columns, gathered": (P(None, "i"), P(None, "i")),
+    }[axis]
+    f = jax.shard_map(local, mesh=MESH, in_specs=(specs, of_x), out_specs=of_y)
+    inputs = x(6, 2) if "gathered" in axis else x(6)
+    if axis in ("rows", "columns") and axis != per:
+        match = f"norms of the {per} of a DoRA were asked for inside a `shard_map`, wh"
+        with pytest.raises(ValueError, match=match):
+            f(w, inputs)
+    else:
+        assert_close(jax.jit(f)(w, inputs), dense(w) @ inputs)
 
 
 # How it is asked for, and what is refused.

@@ -15,6 +15,7 @@ import pytest
 import quax
 from helpers import drawn
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec as P
 
 import lora_quax
 from lora_quax import LoraArray, LowRankArray, QuantisedArray, with_dropout_key
@@ -23,6 +24,7 @@ from lora_quax import LoraArray, LowRankArray, QuantisedArray, with_dropout_key
 pytestmark = pytest.mark.usefixtures("x64")
 RATE = 0.3
 N = 60
+MESH = jax.make_mesh((1,), ("i",), axis_types=(AxisType.Auto,))
 
 
 def weight(*shape, rows=1, cols=1, rate=RATE, key: int | None = 0, scale=0.0) -> Any:
@@ -79,6 +81,12 @@ USES = {
         {},
         (N,),
     ),
+    "layers looked up": (
+        lambda w, x: jnp.einsum("soi,si->so", w[jnp.array([1])], x),
+        (2, 3, N),
+        {},
+        (1, N),
+    ),
     "a scan over layers": (
         lambda w, x: lax.scan(lambda c, v: (c, v @ c), x, w)[1],
         (2, 3, N),
@@ -86,6 +94,20 @@ USES = {
         (N,),
     ),
     "a stack": (lambda w, x: jnp.einsum("soi,si->so", w, x), (1, 3, N), {}, (1, N)),
+    "one of two branches": (
+        lambda w, x: lax.cond(x[0] > 0, lambda: w, lambda: 2 * w) @ x,
+        (3, N),
+        {},
+        (N,),
+    ),
+    "a shard_map": (
+        lambda w, x: jax.shard_map(
+            lambda w, x: w @ x, mesh=MESH, in_specs=(P(), P()), out_specs=P()
+        )(w, x),
+        (3, N),
+        {},
+        (N,),
+    ),
     "conv": (
         lambda w, x: lax.conv_general_dilated(x, w, (1,), "VALID"),
         (2, 3, N // 3),
@@ -173,6 +195,16 @@ STREAMS = {
         (3, N),
         {},
     ),
+    "uses of a layer of a stack": (
+        lambda w, x: jnp.stack([w[0] @ x[0], w[0] @ x[1]]),
+        (2, 3, N),
+        {},
+    ),
+    "uses of what was reshaped": (
+        lambda w, x: jnp.stack([lax.squeeze(w[None], [0]) @ y for y in x]),
+        (3, N),
+        {},
+    ),
     "uses in a call": (
         lambda w, x: jnp.stack([jax.jit(jnp.dot)(w, x[i]) for i in range(2)]),
         (3, N),
@@ -181,6 +213,11 @@ STREAMS = {
     "examples": (lambda w, x: jax.vmap(lambda x: w @ x)(x), (3, N), {}),
     "layers of a stack": (
         lambda w, x: jnp.stack([w[i] @ x[i] for i in range(2)]),
+        (2, 3, N),
+        {},
+    ),
+    "layers looked up": (
+        lambda w, x: jax.vmap(lambda i, x: w[i] @ x)(jnp.array([1, 0]), x),
         (2, 3, N),
         {},
     ),
@@ -212,6 +249,19 @@ def test_a_scan_outside_of_quaxify():
     f = lambda x: lax.scan(step, x, w)[1]
     first, second = np.asarray(jax.jit(jax.jacobian(f))(jnp.ones(N)))
     assert ((first == 0) != (second == 0)).any()
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_stack_has_the_masks_of_its_weights(stacked):
+    """Also where all of it is given the same: as in an ensemble of adapters."""
+    w, x = weight(2, 3, N), jnp.ones((2, N) if stacked else N)
+    axes = (0, 0 if stacked else None)
+    inside = quax.quaxify(jax.vmap(product, axes))(w, x)
+    outside = jax.vmap(quax.quaxify(product), axes)(w, x)
+    np.testing.assert_array_equal(inside, outside)
+    assert inside[0, 0] != inside[1, 0]
+    none = jax.tree.map(lambda leaf: leaf[:0], w)
+    assert quax.quaxify(jax.vmap(product, (0, None)))(none, jnp.ones(N)).shape == (0, 3)
 
 
 def test_keys_for_each_example():
@@ -258,6 +308,17 @@ def test_no_step_is_traced_again(getkey):
         values.append(float(value))
     assert count == 1 and len({*values}) == 3
     assert isinstance(model.layers[0].weight, LoraArray)
+
+
+def test_no_tracer_is_kept(getkey):
+    w = lora_quax.DoRA(weight(3, 4, key=None))
+
+    @jax.jit
+    def run(key):
+        return quax.quaxify(_twice)(with_dropout_key(w, key), jnp.ones((2, 4)))
+
+    with jax.checking_leaks():
+        run(getkey())
 
 
 def test_a_key_gives_the_same_run_again(getkey):
@@ -385,7 +446,7 @@ def test_files(getkey, tmp_path):
     assert [layer.weight.dropout for layer in loaded.layers] == [0.25, 0.25]
 
 
-def test_the_model_of_a_step(getkey):
+def test_the_model_of_a_step(getkey, tmp_path):
     """It partitions, merges and comes apart as the model does that it was made of."""
     plain, model = _model(getkey)
     dropping = with_dropout_key(model, getkey())
@@ -396,3 +457,8 @@ def test_the_model_of_a_step(getkey):
     assert eqx.tree_equal(lora_quax.merge(dropping), lora_quax.merge(model))
     again = with_dropout_key(dropping, jr.key(3))
     assert eqx.tree_equal(again, with_dropout_key(model, jr.key(3)))
+    files = [tmp_path / "of the step", tmp_path / "of the model"]
+    for path, saved in zip(files, (dropping, model)):
+        lora_quax.save_adapter(path, saved)
+        lora_quax.peft.save(f"{path}, peft", saved)
+    assert files[0].read_bytes() == files[1].read_bytes()

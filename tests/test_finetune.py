@@ -1,6 +1,7 @@
 """`finetune` and what it is made of, as far as it needs no package with models."""
 
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -23,14 +24,17 @@ from finetuned import config, MOMENTS, sets, stand, texts
 import lora_quax
 from lora_quax import AdapterError, peft
 from lora_quax.__main__ import main
-from lora_quax._cli.finetune import run as runs
+from lora_quax._cli.finetune import checkpoint, run as runs
 from lora_quax._cli.finetune.batches import batches, Order, padded_length
-from lora_quax._cli.finetune.config import Config, read_config, Train
+from lora_quax._cli.finetune.config import Config, Lora, read_config, Train
 from lora_quax._cli.finetune.data import encode, Example, read_examples, Tokens
 from lora_quax._cli.finetune.extra import needs
+from lora_quax._cli.finetune.loss import Loss
+from lora_quax._cli.finetune.report import report
 from lora_quax._cli.finetune.run import Run, train
 from lora_quax._cli.finetune.step import schedule, Stepper
 from lora_quax._cli.finetune.tokens import Encoder
+from lora_quax._disk.whole import held
 
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +92,7 @@ BAD = {
     ),
     "a key of no name at all like it": (
         GOOD + "[lora]\nx = 1\n",
-        r"line 10: \[lora\] has no key `x`; there are rank, alpha, targets",
+        r"line 10: \[lora\] has no key `x`; there are rank, alpha, targets, dropout",
     ),
     "a table of no such name": (
         GOOD + "[trian]\nsteps = 1\n",
@@ -114,6 +118,18 @@ BAD = {
     ),
     "true for an integer": (GOOD + "[lora]\nrank = true\n", "and is True"),
     "too small": (GOOD + "[lora]\nrank = 0\n", "of at least 1, and is 0"),
+    "what is no end of a line": (
+        GOOD + "# \u2028 \x85\n[lora]\nrank = 0\n",
+        "line 11: `rank` of",
+    ),
+    "no float": (
+        GOOD + f"[lora]\nalpha = {10**400}\n",
+        "`alpha` of .* has to be a number above 0, and is 1000",
+    ),
+    "no integer at all": (
+        GOOD + f"[lora]\nalpha = 1{5000 * '0'}\n",
+        "is no TOML: Exceeds the limit",
+    ),
     "too large": (GOOD + f"[lora]\nrank = {2**63}\n", "of at least 1, and is 92"),
     "none above zero": (
         GOOD + "[train]\nlearning_rate = -1\n",
@@ -160,6 +176,22 @@ BAD = {
         GOOD + "[train]\nsteps = 3\nepochs = 2\n",
         "line 11: give `steps` or `epochs`, and not both",
     ),
+    "neither true nor false": (
+        GOOD + "[lora]\nuse_dora = 1\n",
+        "line 10: `use_dora` of .* has to be true or false, and is 1",
+    ),
+    "all of it dropped": (
+        GOOD + "[lora]\ndropout = 1\n",
+        "line 10: `dropout` has to be below 1: 1.0",
+    ),
+    "what is of LoRA": (
+        GOOD + '[lora]\nupdate = "loha"\nuse_dora = true\ndropout = 0.1\n',
+        "line 11: DoRA is of LoRA, and `update` is 'loha'\n  - line 12: PEFT has it of",
+    ),
+    "what VeRA has not": (
+        GOOD + '[lora]\nupdate = "vera"\nalpha = 2\n',
+        "line 11: `update` is 'vera', which has no alpha; leave it out",
+    ),
     "a long warm-up": (
         GOOD + "[train]\nsteps = 3\nwarmup = 3\n",
         "line 11: `warmup` has to be less than the 3 steps, and is 3",
@@ -182,6 +214,14 @@ def test_what_is_wrong_with_a_configuration_is_named(case, folder, capsys):
     assert main(["finetune", str(path)]) == 2
     assert capsys.readouterr().err == f"lora_quax: error: {e.value}\n"
     assert listing(folder) == before
+
+
+def test_what_editors_and_shells_are_used_to(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    path = written(folder, "\ufeff" + GOOD.replace('"run"', '"~/run"'))
+    assert read_config(path).output.folder == folder / "run"
+    (folder / "train.jsonl").write_text('\ufeff{"text": "abc"}\r\n')
+    assert [x.text for x in read_examples(folder / "train.jsonl")] == ["abc"]
 
 
 def test_all_that_is_wrong_is_named_in_order(folder):
@@ -249,9 +289,26 @@ LINES = {
         '{"messages": [{"role": "bot", "content": "a"}]}',
         "message 1 has the role 'bot', of system, user, assistant",
     ),
+    "no answer": (
+        '{"messages": [{"role": "assistant", "content": " "}]}',
+        "message 1 is of the assistant, and says nothing",
+    ),
+    "calls": (
+        '{"messages": [{"role": "assistant", "content": null, "tool_calls": [1]}]}',
+        "message 1 has `tool_calls`, which are not learnt from here",
+    ),
+    "tools": ('{"messages": [], "tools": [1]}', "it has `tools`, which are not"),
+    "a prompt": (
+        '{"prompt": "a", "completion": "b"}',
+        "it has `prompt` and `completion`; give them as `messages`, of the roles user",
+    ),
     "no assistant": (
         '{"messages": [{"role": "user", "content": "a"}]}',
         "no message is of the role assistant",
+    ),
+    "long": (
+        '{"text": "' + 10**7 * "a" + '"}',
+        "it has 10,000,013 bytes, and may have 10,000,000: divide its text",
     ),
     "deep": (1000 * "[" + 1000 * "]", "it is n.*"),
 }
@@ -410,12 +467,13 @@ def test_few_shapes():
 
 def test_rows_are_filled_up():
     examples = [Tokens(np.arange(n, dtype=np.int32), np.ones(n, bool)) for n in (3, 40)]
-    one, other = batches(examples, 1, 2, 512)
+    one, other = batches(examples, 1, 512)
     assert one.ids.shape == other.ids.shape == (1, 64)
     assert (one.n_tokens, other.n_tokens) == (3, 40)
     assert (one.learnt.sum(), other.learnt.sum()) == (2, 39)  # None before the first.
-    *_, empty = batches(examples, 2, 2, 512)
-    assert not empty.learnt.any() and empty.n_tokens == 0
+    (both,) = batches(examples, 3, 512)
+    assert both.ids.shape == (3, 64) and both.n_tokens == 43
+    assert not both.learnt[2].any()
 
 
 # Steps.
@@ -431,11 +489,17 @@ def test_schedule(name, last):
     np.testing.assert_allclose(found[-1], last, atol=1e-6)
 
 
+def nonzero(model):
+    """A model of which no factor is zero."""
+    trains, rest = lora_quax.partition(model)
+    return eqx.combine(jax.tree.map(lambda x: x + 0.1, trains), rest)
+
+
 def trained(folder, base=None, **fields) -> Run:
     """A run of steps in memory, by the loop that the command has."""
     out = Run(config(folder, **fields), sets(), base or stand())
     while out.state.step < out.steps:
-        out.step()
+        out.state, *_ = out.step()
     return out
 
 
@@ -443,10 +507,10 @@ def test_the_loss_falls(tmp_path):
     out = Run(config(tmp_path, steps=30, learning_rate=0.03), sets(), stand())
     before = out.valid()
     while out.state.step < out.steps:
-        loss, n = out.step()
+        out.state, loss, n = out.step()
         assert np.isfinite(loss) and n > 0
     after = out.valid()
-    assert before is not None and after is not None and after < 0.5 * before
+    assert after < 0.5 * before
     # What is frozen is as it was.
     assert eqx.tree_equal(lora_quax.unload(out.state.model), stand().model)
 
@@ -464,9 +528,9 @@ def test_what_fills_up_has_no_part(tmp_path):
     """A row beside others is what it is alone, and rows one by one are rows at once."""
     out = Run(config(tmp_path), sets(), stand())
     examples = out.sets.train.examples[:3]
-    apart = [batches([x], 1, 1, 64)[0] for x in examples]
-    together = batches(examples, 4, 1, 64)
-    steppers = [Stepper(None), Stepper(None, one_by_one=True)]
+    apart = [batches([x], 1, 64)[0] for x in examples]
+    together = batches(examples, 4, 64)
+    steppers = [Stepper(None), Stepper(None, Loss(one_by_one=True))]
     losses = [
         stepper.loss(out.state.model, parts)
         for stepper, parts in itertools.product(steppers, (apart, together))
@@ -481,8 +545,74 @@ def test_what_fills_up_has_no_part(tmp_path):
         [p[i, j, x.ids[j + 1]] for i, x in enumerate(examples) for j in range(4)]
     )
     cut = [Tokens(x.ids[:5], x.learnt[:5]) for x in examples]
-    found = steppers[0].loss(out.state.model, batches(cut, 3, 1, 64))
+    found = steppers[0].loss(out.state.model, batches(cut, 3, 64))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("most", [1, 32 * 50])
+def test_a_loss_in_parts_is_the_loss(most, tmp_path):
+    """However many tokens a part has; gradients as well."""
+    model = Run(config(tmp_path), sets(), stand()).state.model
+    model = nonzero(model)
+    (batch,) = batches(texts(3).examples, 3, 64)
+
+    def of(loss):
+        f = lora_quax.filter_value_and_grad(loss)
+        return jax.jit(f)(model, batch)
+
+    expected, found = of(Loss()), of(Loss(most_scores=most))
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_dropped_is_of_the_seed_and_the_step(tmp_path):
+    lora = Lora(rank=4, targets=("up", "lm_head"), dropout=0.5)
+    settings = dataclasses.replace(config(tmp_path), lora=lora)
+    out = Run(settings, sets(), stand())
+    out.state = out.state._replace(model=nonzero(out.state.model))
+    parts = batches(out.sets.train.examples[:4], 2, 64)
+    loss = lambda step, parts=parts: out.stepper.step(
+        out.state._replace(step=step), parts
+    )[1]
+    assert loss(0) == loss(0) and len({loss(0), loss(1), loss(2)}) == 3
+    # A batch of a step drops otherwise than the next one, and no evaluation does.
+    assert loss(0, [parts[0]] * 2) != loss(0, [parts[0]])
+    assert out.stepper.loss(out.state.model, parts) == Stepper(None).loss(
+        out.state.model, parts
+    )
+
+
+UPDATES = {
+    "loha": dict(update="loha"),
+    "vera": dict(update="vera"),
+    "dora": dict(use_dora=True, use_rslora=True, dropout=0.1, alpha=8.0),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_other_updates(name, tmp_path):
+    """They are resumed, and written as PEFT has them."""
+    pytest.importorskip("optax")
+    lora = Lora(rank=4, targets=("up", "lm_head"), **UPDATES[name])
+    settings = config(tmp_path, steps=3, warmup=0)
+    settings = dataclasses.replace(settings, lora=lora)
+    train(settings, sets(), stand(), resume=False)
+    folder = tmp_path / "run"
+    ours = folder / "checkpoints" / "step-00000003"
+    (batch,) = batches(texts(3).examples, 3, 64)
+    losses = [
+        Stepper(None).loss(model, [batch])
+        for model in (
+            peft.load(folder / "adapter", stand().model),
+            lora_quax.load_adapter(ours / "adapter.safetensors", stand().model),
+        )
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    if settings.lora.dropout:  # What is dropped is the same again.
+        before = listing(folder)
+        shutil.rmtree(ours)
+        train(settings, sets(), stand(), resume=True)
+        assert listing(folder) == before
 
 
 # Runs on disk.
@@ -516,8 +646,8 @@ def test_what_a_run_leaves(whole):
 
 
 def test_the_adapter_is_that_of_peft(whole):
-    checkpoint = whole / "checkpoints" / "step-00000009" / "adapter.safetensors"
-    model = lora_quax.load_adapter(checkpoint, stand().model)
+    ours = whole / "checkpoints" / "step-00000009" / "adapter.safetensors"
+    model = lora_quax.load_adapter(ours, stand().model)
     assert bits(peft.load(whole / "adapter", stand().model)) == bits(model)
 
 
@@ -587,6 +717,20 @@ def test_a_checkpoint_of_another_run_is_refused(case, whole):
     assert listing(whole) == before
 
 
+@pytest.mark.parametrize("said", [{}, {"FORCE_COLOR": "1"}, {"TERM": "dumb"}])
+def test_a_log_has_lines_and_no_frames(said, monkeypatch, capsys):
+    for key, value in said.items():
+        monkeypatch.setenv(key, value)
+    with report(40) as out:
+        for step in range(1, 41):
+            out.step(step, 2.0, 8)
+        out.valid(40, 3.0)
+    lines = capsys.readouterr().err.splitlines(keepends=True)
+    assert len(lines) == 21 and not any("\r" in x or "\x1b" in x for x in lines)
+    assert lines[0].startswith("step 2/40  loss 2.0000  ")
+    assert lines[-1] == "step 40/40  valid loss 3.0000\n"
+
+
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
     train(config(tmp_path, steps=2, warmup=0), sets(), stand(), resume=False)
     file = tmp_path / "run/checkpoints/step-00000002/optimiser.safetensors"
@@ -598,6 +742,24 @@ def test_a_damaged_checkpoint_is_named(whole, tmp_path):
         train(config(tmp_path, steps=2, warmup=0), sets(), stand(), resume=True)
 
 
+def test_a_full_disk_loses_no_checkpoint(whole, tmp_path, monkeypatch):
+    before, calls = checkpoint.write_tensors, iter(range(9))
+
+    def full(*args):
+        if next(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return before(*args)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    message = "after step 6 cannot be written: .*No space.*`--resume` goes on"
+    with pytest.raises(OSError, match=message):
+        train(config(tmp_path), sets(), stand(), resume=False)
+    steps = [x.name for x in sorted((tmp_path / "run" / "checkpoints").iterdir())]
+    assert steps == ["step-00000002", "step-00000004"]
+    train(config(tmp_path), sets(), stand(), resume=True)
+    assert contents(tmp_path / "run") == contents(whole)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     before = Stepper.step
     nan = lambda self, state, parts: (before(self, state, parts)[0], float("nan"))
@@ -605,6 +767,62 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="loss of step 1 is nan.* `learning_rate`"):
         train(config(tmp_path), sets(), stand(), resume=False)
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_an_interrupt_of_an_evaluation_loses_none(whole, tmp_path, monkeypatch):
+    """Each is in the log once, whenever it was stopped."""
+    before = Stepper.loss
+    for n in (1, 2, 3):  # Of those after steps 0, 4, 8 and 9 the next two.
+        calls = iter(range(1, 9))
+
+        def loss(*args):
+            if next(calls) == (1 if n == 1 else 2):
+                raise KeyboardInterrupt("in an evaluation")
+            return before(*args)
+
+        monkeypatch.setattr(Stepper, "loss", loss)
+        with pytest.raises(KeyboardInterrupt, match="in an evaluation"):
+            train(config(tmp_path), sets(), stand(), resume=True)
+    monkeypatch.setattr(Stepper, "loss", before)
+    train(config(tmp_path), sets(), stand(), resume=True)
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert log == (whole / "log.jsonl").read_text()
+
+
+def test_more_rows_than_examples(tmp_path):
+    """They are no rows that are filled up, and accumulate what there is."""
+    one = Run(config(tmp_path, batch=2**40, accumulate=2**20), sets(), stand())
+    other = Run(config(tmp_path, batch=22), sets(), stand())
+    assert one.order.steps_per_epoch == 1
+    assert one.valid() == other.valid()
+    assert bits(one.step()[0]) == bits(other.step()[0])
+
+
+def test_two_runs_do_not_share_a_folder(whole, folder, capsys):
+    for run in (whole, folder / "run"):
+        text = GOOD.replace('"run"', json.dumps(str(run)))
+        before = listing(run) if run.exists() else None
+        with held(run / "checkpoints") as mine:
+            assert mine
+            assert main(["finetune", str(written(folder, text)), "--resume"]) == 2
+        assert "Another process trains in" in capsys.readouterr().err
+        assert (listing(run) if run.exists() else None) == before
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_run_that_ends_at_once_leaves_nothing(moment, folder, monkeypatch):
+    """And what a killed one has left is no run."""
+    left = folder / "run" / "checkpoints"
+    if moment == "after":
+        left.mkdir(parents=True)
+    monkeypatch.setattr(runs, "needs", lambda name: 1 / 0)
+    before = listing(folder)
+    with pytest.raises(ZeroDivisionError, match="division"):
+        runs.finetune(written(folder, GOOD), resume=False)
+    assert [x for x in listing(folder) if "config.toml" not in str(x)] == [*before]
+    (folder / "run" / "mine").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        runs.finetune(written(folder, GOOD), resume=False)
 
 
 def test_a_run_is_not_written_over(whole, folder, capsys):

@@ -12,20 +12,32 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 import quax
 from files import bits, contents, listing
 from safetensors.numpy import load_file, save_file
 
-from lora_quax import AdapterError, load_adapter, peft
+from lora_quax import (
+    filter_value_and_grad,
+    init,
+    load_adapter,
+    loraify,
+    peft,
+)
 from lora_quax.__main__ import main
 from lora_quax._cli.finetune.base import read_base
+from lora_quax._cli.finetune.batches import batches
 from lora_quax._cli.finetune.config import Base
+from lora_quax._cli.finetune.data import Tokens
 from lora_quax._cli.finetune.gguf import NAMES
+from lora_quax._cli.finetune.loss import Loss
 from lora_quax._cli.finetune.run import finetune
 from lora_quax._cli.finetune.tokens import read_encoder
 
@@ -197,7 +209,9 @@ def test_what_is_drawn_is_of_the_seed(model, capsys, monkeypatch):
 
 
 WRONG_OPTIONS = {
-    "--max-tokens=0": "--max-tokens has to be 1 or more: 0",
+    "--max-tokens=0": "--max-tokens has to be 1 or more, and less than 2**31: 0",
+    f"--max-tokens={2**31}": "--max-tokens has to be 1 or more, and less than 2**31",
+    "--system=x": "--system is for a chat: give --chat with it",
     "--temperature=-1": "--temperature has to be 0 or more: -1.0",
     "--top-p=0": r"--top-p has to be in (0, 1]: 0.0",
     "--seed=-1": "--seed has to be 0 or more: -1",
@@ -215,6 +229,12 @@ def test_an_option_that_is_wrong_is_named(option, model, capsys):
     assert WRONG_OPTIONS[option] in out.err and not out.out
     assert main(["generate", str(model / "x"), PROMPT]) == 2
     assert "There is no model at" in capsys.readouterr().err
+    assert main(["generate", str(model / "config.json"), PROMPT]) == 2
+    assert (
+        "config.json is neither a folder nor a file *.gguf" in capsys.readouterr().err
+    )
+    assert main(["generate", str(model), "a\udcff"]) == 2
+    assert "The prompt is not UTF-8" in capsys.readouterr().err
 
 
 def test_killed_from_outside_it_goes_on_bit_for_bit(whole, model, tmp_path):
@@ -252,9 +272,14 @@ QUANTISED = {"nf4": 'quantise = "nf4"\ntile = 32', "bfloat16": 'dtype = "bfloat1
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_other_bases(kind, model, tmp_path, capsys):
     path = configuration(tmp_path, model, steps=6, more=QUANTISED[kind])
+    if kind == "bfloat16":  # And all that can be said of a step.
+        text = path.read_text().replace("[lora]", "[lora]\ndropout = 0.1")
+        path.write_text(text.replace("[train]", "[train]\ncheckpoint = true"))
     assert main(["finetune", str(path)]) == 0
     found = losses(tmp_path)
     assert found[-1] < found[0]
+    about = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert about["lora_dropout"] == (0.1 if kind == "bfloat16" else 0)
     options = (
         ["--quantise", "nf4", "--tile", "32"] if kind == "nf4" else ["--dtype", kind]
     )
@@ -299,6 +324,59 @@ def test_an_embedding_that_is_the_head_is_adapted_as_both(model, tmp_path):
     trained, again = load_adapter(ours, base), peft.load(tmp_path / "run/adapter", base)
     ids = read_encoder(model).prompt(PROMPT)
     np.testing.assert_array_equal(logits(trained, ids), logits(again, ids))
+
+
+def of_loss(model, **settings):
+    """The loss of two texts, its gradients, and the bytes that these take meanwhile."""
+    rows = [np.arange(n, dtype=np.int32) for n in (60, 90)]
+    examples = [Tokens(ids, np.ones(len(ids), bool)) for ids in rows]
+    (batch,) = batches(examples, 2, 128)
+    f: Any = eqx.filter_jit(filter_value_and_grad(Loss(**settings)))
+    compiled = f.lower(model, batch).compile()
+    return compiled(model, batch), compiled.compiled.memory_analysis()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "a head": dict(tie_word_embeddings=False),
+    "experts": dict(
+        architectures=["Qwen3MoeForCausalLM"],
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    ),
+}
+
+
+def adapted(folder: Path, layers: int, **more):
+    import eqx_zoo  # pyright: ignore
+
+    about = json.loads((folder / "config.json").read_text()) | more
+    config = eqx_zoo.Config.from_hf(about | {"num_hidden_layers": layers})
+    base = eqx_zoo.CausalLM(config, key=jr.key(0))
+    return loraify(base, 4, jr.key(1), init_b=init.gaussian(0.1))
+
+
+def assert_close(expected, found) -> None:
+    for x, y in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(y, x, rtol=2e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_saves_memory_changes_no_number(kind, model):
+    trained = adapted(model, 1, **KINDS[kind])
+    plain = dict(one_by_one=kind == "experts")
+    expected, _ = of_loss(trained, **plain)
+    found, _ = of_loss(trained, **plain, checkpoint=True, most_scores=258 * 50)
+    assert_close(expected, found)
+
+
+@pytest.mark.parametrize("more", [dict(checkpoint=True), dict(most_scores=258 * 32)])
+def test_what_saves_memory_saves_it(more, model):
+    trained = adapted(model, 4)
+    _, before = of_loss(trained)
+    _, after = of_loss(trained, **more)
+    assert after.temp_size_in_bytes < before.temp_size_in_bytes
 
 
 # What does not fit.
@@ -369,6 +447,26 @@ FOLDERS = {
         lambda x: edit(x / "config.json", hidden_size=32),
         r"is not what its config.json says: .*: checkpoint shape \(.*64.*\) != model",
     ),
+    "a text for a width": (
+        lambda x: edit(x / "config.json", hidden_size="64"),
+        "config.json has what no model has:\n  - `hidden_size` is '64', and no integer",
+    ),
+    "a text for what is used late": (
+        lambda x: edit(x / "config.json", rms_norm_eps="a", rope_theta=0),
+        "`rms_norm_eps` is 'a', .*\n  - `rope_theta` is 0, and no number above 0",
+    ),
+    "more layers": (
+        lambda x: edit(x / "config.json", num_hidden_layers=10**9),
+        "is to have 1,000,000,000 layers, and there are weights of 2",
+    ),
+    "a list for RoPE": (
+        lambda x: edit(x / "config.json", rope_scaling=["x"]),
+        "is of a model that eqx-zoo has not: 'list' object has no attribute 'get'",
+    ),
+    "a short context": (
+        lambda x: edit(x / "config.json", max_position_embeddings=64),
+        "train.jsonl has an example of .* tokens, and the context of the model is 64: ",
+    ),
     "another architecture": (
         lambda x: edit(x / "config.json", architectures=["GPT2LMHeadModel"]),
         "is of a model that eqx-zoo has not: unsupported architecture 'GPT2",
@@ -394,7 +492,7 @@ def test_a_folder_that_does_not_fit_is_named(case, model, tmp_path):
     folder = copied(model, tmp_path)
     spoil(folder)
     path = configuration(tmp_path, folder)
-    with pytest.raises((AdapterError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         finetune(path, resume=False)
     assert main(["finetune", str(path)]) == 2
     assert not (tmp_path / "run").exists()

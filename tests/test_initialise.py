@@ -190,9 +190,30 @@ def test_sharded(method):
 TAKEN_OUT = [method for method in ALL if method not in KEEP_THE_BASE]
 
 
-@pytest.mark.parametrize("method", TAKEN_OUT)
-def test_rebase(method, tmp_path):
-    plain, model = _net()
+AS = {
+    "alone": dict(),
+    "dora": dict(use_dora=True),
+    "beside others": dict(
+        targets={
+            **dict.fromkeys([eqx.nn.Linear, eqx.nn.Conv], True),
+            "small": lora_quax.Adapt(update=lora_quax.IA3),
+            "plain": "full",
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "method, adapted",
+    [
+        *((method, "alone") for method in TAKEN_OUT),
+        ("randomised pissa", "dora"),
+        ("olora", "beside others"),
+    ],
+)
+def test_rebase(method, adapted, tmp_path):
+    plain, _ = _net()
+    model = lora_quax.loraify(plain, 4, jr.key(1), alpha=6.0, **AS[adapted])
     initial = initialise(model, method, **_data(method, model))
     trained = jax.tree.map(
         lambda x, t: x + 0.1 * jnp.sin(x) if t else x,

@@ -14,7 +14,7 @@ import paramax
 import pytest
 import quax
 
-from lora_quax import FullArray, init, LoraArray, LowRankArray
+from lora_quax import FullArray, IA3, init, LoraArray, LowRankArray
 from lora_quax._arrays.base import is_adapted
 from lora_quax._model.loraify import loraify
 from lora_quax._model.merge import merge, unload
@@ -397,6 +397,16 @@ def test_numbers_of_other_libraries(kind):
     assert type(got.alpha) is float
     assert jax.tree.structure(got) == jax.tree.structure(wanted)
     assert jnp.all(got.a == wanted.a)
+
+
+@pytest.mark.parametrize("of", [dict(use_dora=True), dict(update=IA3, rank=None)])
+def test_a_scaled_base_of_8_bits(of):
+    base = jr.normal(jr.key(0), (4, 3)).astype(jnp.float8_e4m3fn)
+    given = {"rank": 2, "key": jr.key(1), "targets": "w", **of}
+    weight = loraify({"w": base}, **given)["w"]
+    assert jnp.array_equal(merge(weight), base)
+    product = quax.quaxify(lambda w, x: w.astype(jnp.float32) @ x)
+    assert jnp.allclose(product(weight, jnp.ones(3)), base.astype(jnp.float32).sum(1))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
+import quax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import lora_quax
@@ -149,6 +150,70 @@ def test_a_quantised_base():
     match = r"part of `layers\.0\.weight`.*QuantisedArray.*4 parts do not divide 2"
     with pytest.raises(ValueError, match=match):
         lora_quax.shard(model, mesh, {"layers.0": P(None, "fsdp")})
+
+
+_AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+_ON_DEVICES = ft.partial(jax.shard_map, mesh=_AUTO)
+IN_SHARD_MAP = {
+    "rows": _ON_DEVICES(lambda w, x: w @ x, in_specs=(P("d"), P()), out_specs=P("d")),
+    "columns": _ON_DEVICES(
+        lambda w, x: jax.lax.psum(w @ x, "d"),
+        in_specs=(P(None, "d"), P("d")),
+        out_specs=P(),
+    ),
+    "gathered": _ON_DEVICES(
+        lambda w, x: jax.lax.psum(jax.lax.all_gather(w, "d", tiled=True) @ x, "d"),
+        in_specs=(P("d"), P()),
+        out_specs=P(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("name", IN_SHARD_MAP)
+def test_a_quantised_base_in_shard_map(name, kind):
+    pytest.importorskip("qwix")
+    f = IN_SHARD_MAP[name]
+    layer = lora_quax.quantise(eqx.nn.Linear(16, 64, key=jr.key(0)), kind, tile=4)
+    normal = jax.nn.initializers.normal()
+    weight = loraify(layer, 2, jr.key(1), init_b=normal).weight
+    x = jr.normal(jr.key(2), (16,))
+
+    @lora_quax.filter_value_and_grad
+    def loss(weight):
+        return jnp.sum(quax.quaxify(f)(weight, x) ** 2)
+
+    @jax.value_and_grad
+    def dense(factors):
+        a, b = factors
+        return jnp.sum(f(weight.base.materialise() + b @ a, x) ** 2)
+
+    (value, grads), (wanted, of_factors) = loss(weight), dense((weight.a, weight.b))
+    assert jnp.allclose(value, wanted, rtol=1e-5)
+    for got, want in zip((grads.delta.a, grads.delta.b), of_factors):
+        assert jnp.allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", [P("fsdp"), P(None, "tp"), P("fsdp", "tp")])
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_base_on_explicit_axes(kind, spec):
+    pytest.importorskip("qwix")
+    mesh = mesh_of("explicit")
+    layer = lora_quax.quantise(eqx.nn.Linear(16, 64, key=jr.key(0)), kind, tile=4)
+    on_mesh = lora_quax.shard(layer, mesh, {"weight": spec})
+    normal = jax.nn.initializers.normal()
+    x = jr.normal(jr.key(2), (16,))
+
+    @eqx.filter_jit
+    def run(weight, x):
+        product = ft.partial(jnp.einsum, "oi,i->o", out_sharding=P())
+        return quax.quaxify(product)(weight, x)
+
+    alone = loraify(layer, 2, jr.key(1), init_b=normal).weight
+    y = quax.quaxify(jnp.matmul)(alone, x)
+    with jax.set_mesh(mesh):
+        weight = loraify(on_mesh, 2, jr.key(1), init_b=normal).weight
+        assert jnp.allclose(jax.device_get(run(weight, x)), y, atol=1e-5)
 
 
 def test_what_is_on_one_device_stays_there():

@@ -764,6 +764,15 @@ def test_parameters_have_no_dropout_and_no_conv1d(option, tmp_path):
     assert not listing(tmp_path)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_dropout_of_updates_is_written(use_dora, tmp_path):
+    layer = eqx.nn.Linear(3, 4, key=jr.key(0))
+    model = loraify(layer, 2, jr.key(1), dropout=0.25, use_dora=use_dora)
+    peft.save(tmp_path / "a", {"q": model})
+    about = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert about["lora_dropout"] == 0.25
+
+
 def test_known_layers_are_not_transposed(tmp_path):
     with pytest.raises(ValueError, match="`q.weight` is of a known layer, and not"):
         peft.save(tmp_path / "x", adapted({"q": linear()}), transposed=["q.weight"])

@@ -25,6 +25,7 @@ from lora_quax import (
     Rows,
     VeRA,
 )
+from lora_quax._arrays.base import replace
 
 
 class Last(AbstractDelta):
@@ -127,6 +128,16 @@ def test_an_abstract_model(form):
     for key in jr.key(1), eqx.filter_eval_shape(lambda: jr.key(1)):
         abstract = _adapted(form, shapes, key)
         assert eqx.tree_equal(abstract, eqx.filter_eval_shape(lambda: model))
+
+
+@pytest.mark.parametrize("form", ["loha", "lokr, both", "vera"])
+def test_each_part_has_a_scaling_of_its_own(form):
+    rank, update = FORMS[form]
+    update = _trained(loraify(MODEL, rank, jr.key(1), update=update)).weight.delta
+    is_part = lambda x: isinstance(x, LowRankArray)
+    scaled = lambda x: replace(x, alpha=2.5 * x.rank) if is_part(x) else x
+    update = jax.tree.map(scaled, update, is_leaf=is_part)
+    assert_close(update.lower(), dense(update), rtol=1e-5, atol=1e-5)
 
 
 def test_what_others_are_adapted_does_not_change_an_update():
@@ -247,6 +258,21 @@ REFUSED = {
         dict(update=ft.partial(Rows.init, indices=[1, 2, 1])),
         "`indices` has 1 more than once",
     ),
+    "where a row is not": (
+        None,
+        dict(update=ft.partial(Rows.init, indices=[4])),
+        "`weight`: `indices` has 4",
+    ),
+    "DoRA of IA3": (
+        None,
+        dict(update=IA3, use_dora=True),
+        r"`weight` cannot have DoRA, which .* and IA3 is not. Give `Adapt\(use_dora",
+    ),
+    "dropout of IA3": (
+        None,
+        dict(update=IA3, dropout=0.1),
+        r"`weight` cannot have dropout, which .* Give `Adapt\(dropout=0\)`",
+    ),
     "no rows": (
         None,
         dict(update=ft.partial(Rows.init, indices=[])),
@@ -260,6 +286,13 @@ def test_what_makes_no_sense_is_refused(case):
     rank, options, message = REFUSED[case]
     with pytest.raises((TypeError, ValueError), match=message):
         loraify(MODEL, rank, jr.key(0), **options)
+
+
+@pytest.mark.parametrize("form", [LowRankArray, LoHa, LoKr, VeRA])
+@pytest.mark.parametrize("shape, rows", [((), 1), ((3,), 1), ((4, 6), 2), ((4, 6), -1)])
+def test_an_array_of_too_few_axes(form, shape, rows):
+    with pytest.raises(ValueError, match=f"cannot have {rows} axes of rows and 1 of"):
+        form.init(shape, rank=2, key=jr.key(0), rows=rows)
 
 
 def test_a_base_that_trains():

@@ -15,7 +15,7 @@ import jax.random as jr
 import pytest
 
 from lora_quax._disk import whole
-from lora_quax._disk.whole import clear_leftovers, folder_whole, written_whole
+from lora_quax._disk.whole import clear_leftovers, folder_whole, held, written_whole
 
 
 def names_in(folder: Path) -> list[str]:
@@ -25,6 +25,29 @@ def names_in(folder: Path) -> list[str]:
 def write(path: Path, text: str) -> None:
     with written_whole(path) as (new,):
         new.write_text(text)
+
+
+def test_what_is_written_may_be_written_whole(tmp_path):
+    """A file beside its goal is nobody else's, so that nobody is waited for."""
+    for text in ("old", "new"):
+        with folder_whole(tmp_path / "folder", ["file"]) as (beside,):
+            write(beside, text)
+        assert (tmp_path / "folder" / "file").read_text() == text
+
+
+def test_a_folder_is_held_by_one(tmp_path):
+    folder = tmp_path / "above" / "folder"
+    with held(folder) as mine:
+        assert mine
+        with held(folder) as other:
+            assert not other
+        assert folder.is_dir()
+    assert not names_in(tmp_path)  # It was made for this.
+    folder.mkdir(parents=True)
+    with held(folder) as mine:
+        assert mine
+        (folder / "file").touch()
+    assert names_in(folder) == ["file"]
 
 
 def test_a_link_is_followed(tmp_path):

@@ -31,6 +31,15 @@ def aval_of(x) -> Any:
     return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
+def check_axes(shape, rows: int, cols: int, *, least: int = 0) -> None:
+    """Axes of batch, of rows and of columns, of the last two at least so many."""
+    if min(rows, cols) < least or len(shape) < rows + cols:
+        raise ValueError(
+            f"An array of shape {tuple(shape)} cannot have {rows} axes of rows and "
+            f"{cols} of columns."
+        )
+
+
 def check_rank(rank) -> int:
     return check_count("rank", rank)
 
@@ -94,7 +103,10 @@ def check_alpha(alpha, rank: int) -> float:
 
 def wider(*dtypes) -> np.dtype:
     """The type that these are promoted to, in a program too that promotes nothing by
-    itself (`jax.numpy_dtype_promotion("strict")`)."""
+    itself (`jax.numpy_dtype_promotion("strict")`). Floating point of 8 bits, which JAX
+    promotes nowhere, gives way to any other type."""
+    small = lambda x: jnp.issubdtype(x, jnp.floating) and jnp.dtype(x).itemsize == 1
+    dtypes = tuple(x for x in dtypes if not small(x)) or dtypes
     with jax.numpy_dtype_promotion("standard"):
         return ft.reduce(jnp.promote_types, dtypes)
 

@@ -19,6 +19,7 @@ from .base import AdaptedArray, dense, replace, role
 from .check import aval_of
 from .lora import LoraArray
 from .show import show
+from .thin_dot import arrange
 
 
 class DropoutArray(AdaptedArray):
@@ -32,7 +33,8 @@ class DropoutArray(AdaptedArray):
 
     A mask depends on the key, on how often that was used before in the same call of
     `quaxify`, and on nothing else: a program that is compiled, differentiated or
-    checkpointed sees the same one.
+    checkpointed sees the same one. A `jit` or a loop inside of it is one use, and
+    counts its own.
 
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from
     Overfitting*, JMLR 15 (2014).
@@ -73,12 +75,34 @@ class DropoutArray(AdaptedArray):
 
 
 def dropped(x: Any, w: DropoutArray) -> Any:
-    """What the update is given in place of `x`."""
-    if not w.rate or isinstance(x, quax.Value):  # A product of two weights has none.
+    """What the update is given in place of `x`, under one key for all of it."""
+    if not w.rate or 0 in w.key.shape:
         return x
-    # A product has one mask, be the weight a stack of several: `x` has an axis for it.
-    mask = jr.bernoulli(w.key.ravel()[0], 1 - w.rate, x.shape)
-    return jnp.where(mask, x / (1 - w.rate), 0).astype(x.dtype)
+    return _masked(x, jr.bernoulli(w.key.ravel()[0], 1 - w.rate, x.shape), w.rate)
+
+
+def dropped_in_product(x: Any, w: DropoutArray, x_labels, w_labels) -> tuple[Any, list]:
+    """The same in a product, whose axes are labelled; and the labels of the result.
+
+    Each key of a stack of weights has a mask of its own, so that the result has an axis
+    for each axis of the keys, also where the stack was given one `x` for all of it.
+    """
+    if not w.rate or isinstance(x, quax.Value):  # A product of two weights has none.
+        return x, x_labels
+    stacked = [i for i, n in enumerate(w.key.shape) if n != 1]
+    batch = [w_labels[i] for i in stacked]
+    rest = [i for i in x_labels if i not in batch]
+    shape = [n for i, n in zip(x_labels, x.shape) if i in rest]
+    draw = lambda key: jr.bernoulli(key, 1 - w.rate, shape)
+    for _ in stacked:
+        draw = jax.vmap(draw)
+    mask = draw(w.key.reshape([w.key.shape[i] for i in stacked]))
+    labels = [*(i for i in batch if i not in x_labels), *x_labels]
+    return _masked(x, arrange(mask, [*batch, *rest], labels), w.rate), labels
+
+
+def _masked(x, mask, rate: float):
+    return jnp.where(mask, x / (1 - rate), 0).astype(x.dtype)
 
 
 def used(tree: Any) -> Any:
@@ -90,7 +114,7 @@ def used(tree: Any) -> Any:
     is_leaf = lambda x: isinstance(x, DropoutArray)
     if not any(map(is_leaf, jtu.tree_leaves(tree, is_leaf=is_leaf))):
         return tree
-    call, differentiated = _surroundings()
+    uses, differentiated = _surroundings()
 
     def use(x):
         if not is_leaf(x):
@@ -102,13 +126,24 @@ def used(tree: Any) -> Any:
                 "the activation. Differentiate outside, `grad(quaxify(f))`; or leave "
                 "`with_dropout_key` away, and so dropout."
             )
-        # The key is kept, so that no other one gets its number.
-        _, uses = _uses[call].setdefault(id(x.key), (x.key, it.count()))
-        n = next(uses)
-        keys = jax.vmap(lambda key: jr.fold_in(key, n))(x.key.ravel())
-        return replace(x, key=keys.reshape(x.key.shape))
+        return replace(x, key=_next(x.key, uses))
 
     return jtu.tree_map(use, tree, is_leaf=is_leaf)
+
+
+def renewed(key: Array) -> Array:
+    """Keys for one use of those there are, whatever it is."""
+    return _next(key, _surroundings()[0])
+
+
+def _next(key: Array, uses: dict) -> Array:
+    # Forgotten with the key, so that no other one gets its number; and not kept, for it
+    # may be a tracer.
+    i = id(key)
+    if i not in uses:
+        uses[i] = weakref.ref(key, lambda _: uses.pop(i)), it.count()
+    n = next(uses[i][1])
+    return jax.vmap(lambda key: jr.fold_in(key, n))(key.ravel()).reshape(key.shape)
 
 
 # How many uses each key has had in a call of `quaxify`: the next call sees the same
@@ -116,8 +151,8 @@ def used(tree: Any) -> Any:
 _uses: Any = weakref.WeakKeyDictionary()
 
 
-def _surroundings() -> tuple[Any, bool]:
-    """The outermost call of `quaxify`, by its tag, and whether a derivative is taken
+def _surroundings() -> tuple[dict, bool]:
+    """The uses in the outermost call of `quaxify`, and whether a derivative is taken
     inside of it. Only the stack knows: Quax hands its rules values and no trace."""
     call, differentiated, since = None, False, False
     frame = sys._getframe()
@@ -125,11 +160,16 @@ def _surroundings() -> tuple[Any, bool]:
         module = frame.f_globals.get("__name__")
         if module == "jax._src.interpreters.ad":
             since = True
+        elif frame.f_code.co_name == "_process_shard_map" and _is_ours(module):
+            since = False  # A derivative of the map, which is taken around it.
         elif module == "quax._quaxify" and "tag" in frame.f_locals:
             call, differentiated = frame.f_locals["tag"], since
         frame = frame.f_back
-    _uses.setdefault(call, {})
-    return call, differentiated
+    return _uses.setdefault(call, {}), differentiated
+
+
+def _is_ours(module: str | None) -> bool:
+    return (module or "").startswith(f"{__name__.partition('.')[0]}.")
 
 
 def refuse_dropout(values: Any, operation: str) -> None:

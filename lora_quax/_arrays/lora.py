@@ -4,7 +4,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import quax
 from jax import lax
 from jaxtyping import Array, PRNGKeyArray
@@ -254,13 +253,6 @@ def add(base, delta):
             f"{delta.shape}. Was one of the factors exchanged for one of another shape?"
         )
     dtype = base.dtype
-    wide = _wide(base, delta)
+    wide = wider(base.dtype, delta.dtype)
     total = quax.quaxify(lambda x, y: x.astype(wide) + y.astype(wide))(base, delta)
     return quax.quaxify(lax.convert_element_type)(total, dtype)
-
-
-def _wide(base, delta):
-    """The type that a sum is taken in. JAX promotes no type of 8 bits by itself."""
-    if jnp.dtype(base.dtype).itemsize == 1:
-        return delta.dtype
-    return wider(base.dtype, delta.dtype)

@@ -16,6 +16,7 @@ from ..init import Initialiser
 from .base import AbstractDelta, role
 from .check import (
     check_alpha,
+    check_axes,
     check_factor_dtype,
     check_flag,
     check_key,
@@ -121,11 +122,7 @@ class LowRankArray(AbstractDelta):
         check_alpha(alpha, rank)
         check_key(key)
         check_factor_dtype(dtype)
-        if min(rows, cols) < 0 or len(shape) < rows + cols:
-            raise ValueError(
-                f"An array of shape {tuple(shape)} cannot have {rows} axes of rows and "
-                f"{cols} of columns."
-            )
+        check_axes(shape, rows, cols)
         n = len(shape) - rows - cols
         batch, row_shape, col_shape = shape[:n], shape[n : n + rows], shape[n + rows :]
         a_key, b_key = jr.split(key)

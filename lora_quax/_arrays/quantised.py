@@ -12,6 +12,7 @@ from jax import lax
 from jax.core import ShapedArray, Tracer
 from jaxtyping import Array, Float, Integer
 
+from .._compat import partition_spec, shaped_array
 from .base import make, replace
 from .check import aval_of, check_float_dtype, wider
 from .misuse import Unquaxified
@@ -134,7 +135,8 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
                 f"{shape}. `jax.vmap` outside of `quaxify` maps over each of "
                 "its parts: right for a leading axis that stacks arrays, and no other."
             )
-        return ShapedArray(shape, self.casts[-1])
+        parts = self.codes, self.scale
+        return shaped_array(shape, self.casts[-1], partition_spec(self.codes), *parts)
 
     def unpacked(self) -> "QuantisedArray":
         """The same with a byte for each code."""
@@ -151,7 +153,8 @@ class QuantisedArray(Unquaxified, quax.ArrayValue):
         if kind.book is None:
             x = x.astype(dtype) + kind.first
         else:  # What is looked up is known to be there: nothing need be filled in.
-            x = jnp.asarray(kind.book, dtype).at[x].get(mode="promise_in_bounds")
+            book, lies = jnp.asarray(kind.book, dtype), _explicit_sharding(x)
+            x = book.at[x].get(mode="promise_in_bounds", out_sharding=lies)
         x = _times(x, self.scale.astype(dtype))
         if self.offset is not None:
             x = _plus(x, self.offset.astype(dtype))
@@ -216,9 +219,15 @@ def _tiled(op):
         # Each axis as (tiles, numbers in one), of which `s` has the first alone.
         split = [k for n, m in zip(x.shape, s.shape) for k in (m, n // max(1, m))]
         s = s.reshape([k for m in s.shape for k in (m, 1)])
-        return op(x.reshape(split), s).reshape(x.shape)
+        lies = _explicit_sharding(x)
+        return lax.reshape(op(x.reshape(split), s), x.shape, out_sharding=lies)
 
     return run
+
+
+def _explicit_sharding(x):
+    """That of an array on a mesh with explicit axes, which JAX asks for."""
+    return jax.typeof(x).sharding if any(partition_spec(x)) else None
 
 
 _times, _plus = _tiled(jnp.multiply), _tiled(jnp.add)

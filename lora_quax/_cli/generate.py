@@ -16,7 +16,7 @@ from .._disk.adapter import load_adapter
 from ..peft._load import load
 from .content import is_peft
 from .finetune.base import Causal, read_base
-from .finetune.config import Base
+from .finetune.config import Base, is_gguf
 from .finetune.extra import needs
 from .finetune.tokens import Encoder, read_encoder
 
@@ -52,8 +52,15 @@ def generate(
     **Raises:** `ValueError` and `OSError` for what is wrong, before anything is
     printed.
     """
-    if max_tokens < 1:
-        raise ValueError(f"--max-tokens has to be 1 or more: {max_tokens}.")
+    if not 1 <= max_tokens < 2**31:
+        bounds = "1 or more, and less than 2**31"
+        raise ValueError(f"--max-tokens has to be {bounds}: {max_tokens}.")
+    if system is not None and not chat:
+        raise ValueError("--system is for a chat: give --chat with it.")
+    try:
+        f"{prompt}{system}".encode()
+    except UnicodeEncodeError as e:
+        raise ValueError("The prompt is not UTF-8.") from e
     sampling.check()
     is_ours = adapter is not None and not is_peft(adapter)  # Or it is not there.
     for package in ("tokenizers", "eqx_zoo"):
@@ -128,7 +135,9 @@ def _draw(logits: jax.Array, i: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def config_of(path: Path, **options: Any) -> Base:
-    """**Raises:** `FileNotFoundError` if there is no such model."""
+    """**Raises:** `FileNotFoundError` or `ValueError` if there is no such model."""
     if not path.exists():
         raise FileNotFoundError(f"There is no model at {path}.")
+    if not path.is_dir() and not is_gguf(path):
+        raise ValueError(f"{path} is neither a folder nor a file *.gguf.")
     return Base(path, **options)

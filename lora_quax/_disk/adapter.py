@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._arrays.base import BASE, is_adapted, roles
+from .._model.dropout import without_key
 from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
 from .._model.placed import all_beside_bases
@@ -112,7 +113,7 @@ def save_adapter(
     is not finite; `TypeError` if the model is abstract or traced; `OSError` if the
     file cannot be written.
     """
-    shared = is_shared(model)
+    model, shared = without_key(model), is_shared(model)
     with in_step("save_adapter", shared) as said:
         check_state(model, state)
         if shared:

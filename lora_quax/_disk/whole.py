@@ -83,6 +83,27 @@ def folder_whole(folder: Path, names: Iterable[str]) -> Iterator[list[Path]]:
             _locked_move({file: folder / file.name for file in beside})
 
 
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[bool]:
+    """Makes a folder, with those above it, and holds it against other programs that ask
+    for it here. One that is killed holds it no more. What was made and is empty in the
+    end is taken away.
+
+    **Returns:** whether it is held, or there is no telling.
+
+    **Raises:** `OSError` if it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder, wait=False) as mine:
+        try:
+            yield mine is not False
+        finally:
+            with contextlib.suppress(OSError):  # There is something in it.
+                for path in missing if mine is not False else ():
+                    path.rmdir()
+
+
 def clear_leftovers(folder: Path) -> None:
     """Takes away what programs that were killed have left in a folder."""
     try:
@@ -198,6 +219,8 @@ def _finish(new: Path, goal: Path) -> None:
 def _locked_move(goals: dict[Path, Path]) -> None:
     """Moves files to their goals while no other program moves any there."""
     folders = sorted({goal.parent for goal in goals.values()})
+    # One that is beside a goal is locked already, by whoever writes there.
+    folders = [path for path in folders if not _BESIDE.fullmatch(path.name)]
     with contextlib.ExitStack() as stack:
         for folder in folders:
             stack.enter_context(_lock(folder, wait=True))

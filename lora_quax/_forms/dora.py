@@ -171,14 +171,13 @@ def scale_of(magnitude: Array, squares: Array, more: Array) -> Array:
     of `n₀` give one, exactly. Related: arXiv 2603.22276.
     """
     magnitude = magnitude.astype(squares.dtype)
-    more = jnp.maximum(more, -squares)  # But for rounding, it is.
     before, now = _root(squares), _root(squares + more)
     change = more / _nonzero(before + now)
     return 1 + ((magnitude - before) - change) / _nonzero(now)
 
 
 def _root(x: Array) -> Array:
-    """√x, with the derivative zero at zero."""
+    """√x, with the derivative zero at zero, and what rounding put below it as zero."""
     return jnp.where(x > 0, jnp.sqrt(_nonzero(x)), 0)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from .._arrays.base import AdaptedArray, BASE, checked, make, role
 from .._arrays.check import (
     aval_of,
+    check_axes,
     check_factor_dtype,
     check_flag,
     check_weight,
@@ -76,12 +77,8 @@ class IA3(AdaptedArray):
         if not isinstance(base, jax.ShapeDtypeStruct):
             base = check_weight(base)
         shape = aval_of(base).shape
+        check_axes(shape, rows, cols, least=1)
         n = len(shape) - rows - cols
-        if n < 0 or min(rows, cols) < 1:
-            raise ValueError(
-                f"A weight of shape {shape} cannot have {rows} axes of rows and {cols} "
-                "of columns."
-            )
         kept = {*range(n)} | ({n + rows} if feedforward else {*range(n, n + rows)})
         sizes = tuple(k if i in kept else 1 for i, k in enumerate(shape))
         dtype = default_dtype(base) if dtype is None else check_factor_dtype(dtype)

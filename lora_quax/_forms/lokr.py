@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from .. import init as _init
 from .._arrays.base import AbstractDelta, make, role
-from .._arrays.check import check_alpha, check_rank, wider
+from .._arrays.check import check_alpha, check_axes, check_flag, check_rank, wider
 from .._arrays.low_rank import LowRankArray
 
 
@@ -95,11 +95,13 @@ class LoKr(AbstractDelta):
         """
         rank = check_rank(rank)
         alpha = check_alpha(alpha, rank)
+        both = check_flag("both", both)
         is_size = isinstance(factor, int) and not isinstance(factor, bool)
         if not is_size or factor < 1 and factor != -1:
             raise ValueError(
                 f"`factor` must be a positive integer or -1, got {factor!r}."
             )
+        check_axes(shape, rows, cols, least=1)
         n = len(shape) - rows - cols
         p, o = divided(shape[n], factor)
         q, i = divided(shape[n + rows], factor)

@@ -30,6 +30,7 @@ from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
 from .._arrays.thin_dot import arrange, contract, label_sharding
+from .._compat import varying_axes
 
 
 Per: TypeAlias = Literal["rows", "columns"]
@@ -51,7 +52,24 @@ def squared_norms(w: LoraArray, per: Per) -> tuple[Array, Array]:
         base = dense(base)  # A quantised one is decoded once for both.
     dtype = wider(aval_of(base).dtype, update.a.dtype, update.b.dtype, jnp.float32)
     axes = axes_of(update, per)
+    _refuse_parts(update, per)
     return _squares(base, axes, dtype), _more(base, update, axes, dtype)
+
+
+def _refuse_parts(update: LowRankArray, per: Per) -> None:
+    """**Raises:** `ValueError` inside a `shard_map` that shards the axes that norms are
+    taken over, as far as the types say so."""
+    far, near = (update.a, update.b) if per == "rows" else (update.b, update.a)
+    if names := sorted(varying_axes(far) - varying_axes(near)):
+        over, factor = ("columns", "b") if per == "rows" else ("rows", "a")
+        raise ValueError(
+            f"The norms of the {per} of a DoRA were asked for inside a `shard_map`, "
+            f"where each device along {', '.join(map(repr, names))} has {over} of its "
+            "own, and so a part of each norm. Put `quaxify` around the `shard_map`, "
+            "and the norms are taken before: `quaxify(shard_map(f))`. If the device "
+            f"has all of the {over}, as after an `all_gather`, say so of the factor "
+            f"`{factor}`, by `jax.lax.pcast({factor}, {tuple(names)}, to='varying')`."
+        )
 
 
 def _squares(x, axes: Sequence[int], dtype) -> Array:

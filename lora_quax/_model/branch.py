@@ -82,10 +82,24 @@ class LoraBranch(eqx.Module):
         - the others: for the module.
 
         **Returns:** `(*batch, out_features)`, in the dtype that the module gives.
+
+        **Raises:** `ValueError` if what is given, or what the module gives, is no array
+        of so many features.
         """
+        out_features, in_features = self.weight.shape
+        if jnp.shape(x)[-1:] != (in_features,):
+            raise ValueError(
+                f"A `LoraBranch` of {in_features} features was given an array of shape "
+                f"{jnp.shape(x)}."
+            )
         update = quax.quaxify(lambda x, w: x @ w.T)(x, self.weight)
         if self.module is None:
             return update
         out = self.module(x, *args, **kwargs)
+        if getattr(out, "shape", None) != update.shape:
+            raise ValueError(
+                f"The module of a `LoraBranch` of {out_features} features must give an "
+                f"array of shape {update.shape}; it gave {out!r:.80}."
+            )
         wide = wider(out.dtype, update.dtype)
         return (out.astype(wide) + update.astype(wide)).astype(out.dtype)

@@ -39,7 +39,8 @@ def with_dropout_key(model: PyTree, key: PRNGKeyArray) -> PyTree:
     - `key`: what a weight gets of it depends on the key and the weight's path alone.
 
     **Returns:** the model with a `DropoutArray` in place of each `LoraArray` that has a
-    rate. It is for this step: the model that is saved and updated is the one without.
+    rate. It is for this step: the model that is updated is the one without, and so is
+    the one that is saved, whichever is given.
 
     **Raises:** `ValueError` if no weight has dropout; `TypeError` if `key` is none.
     """
@@ -58,6 +59,13 @@ def with_dropout_key(model: PyTree, key: PRNGKeyArray) -> PyTree:
             "adapted: `loraify(model, rank, key, dropout=0.1)`."
         )
     return jax.tree.unflatten(treedef, out)
+
+
+def without_key(model: PyTree) -> PyTree:
+    """The model that `with_dropout_key` was given."""
+    is_leaf = lambda x: isinstance(x, DropoutArray)
+    bare = lambda x: x.w if is_leaf(x) else x
+    return jax.tree.map(bare, model, is_leaf=is_leaf)
 
 
 def _has_key(x) -> bool:

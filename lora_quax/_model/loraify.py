@@ -190,7 +190,8 @@ def loraify(
             _refuse_concrete(chosen, plans)
         folds = words([leaf.path for leaf, _ in chosen])
         is_update = {i: read_update(plan.update).is_update for i, plan in plans.items()}
-        deltas = _draw_all({i: x for i, x in plans.items() if is_update[i]}, folds, key)
+        drawn = {i: plan for i, plan in plans.items() if is_update[i]}
+        deltas = _draw_all(drawn, folds, key, [leaf.path for leaf, _ in chosen])
         deltas = _shared(plans, deltas, key)
         if shared:
             said |= _said(chosen, plans, deltas, defaults, key)
@@ -214,7 +215,9 @@ def loraify(
         rate = defaults.dropout if own is None else own
         if not is_update[i]:
             if rate:
-                raise ValueError(_no_dropout(leaf, plans[i]))
+                raise ValueError(_no_update(leaf, plans[i], "dropout", "dropout=0"))
+            if _use_dora(choice.spec, defaults):
+                raise ValueError(_no_update(leaf, plans[i], "DoRA", "use_dora=False"))
             around = _around(base, plans[i], folds[i], key)
             leaves[i] = beside_base(leaf.path, around, choice.spec.spec)
             continue
@@ -296,8 +299,12 @@ def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> _Pla
     )
 
 
+def _use_dora(spec: Adapt, defaults: Adapt) -> Any:
+    return defaults.use_dora if spec.use_dora is None else spec.use_dora
+
+
 def _with_magnitude(lora: LoraArray, leaf: Leaf, spec: Adapt, defaults: Adapt) -> Any:
-    use = defaults.use_dora if spec.use_dora is None else spec.use_dora
+    use = _use_dora(spec, defaults)
     if use is True:
         return DoRA(lora, per="columns" if _is_embedding(leaf) else "rows")
     if not use:
@@ -331,7 +338,9 @@ def _is_embedding(leaf: Leaf) -> bool:
     return leaf.layer is not None and isinstance(leaf.layer[1], eqx.nn.Embedding)
 
 
-def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, AbstractDelta]:
+def _draw_all(
+    plans: dict[int, _Plan], words, key, paths: list[str]
+) -> dict[int, AbstractDelta]:
     """The updates of all weights, by number of the leaf, in one compiled call."""
     out = {}
     for abstract in (False, True):
@@ -342,10 +351,25 @@ def _draw_all(plans: dict[int, _Plan], words, key) -> dict[int, AbstractDelta]:
         if groups:
             stacked = [np.stack([words[i] for i in group]) for group in groups.values()]
             draw = ft.partial(eqx.filter_eval_shape, _draw) if abstract else _draw_jit
-            drawn = draw(tuple(groups), key, stacked)
+            try:
+                drawn = draw(tuple(groups), key, stacked)
+            except (TypeError, ValueError):
+                for plan, group in groups.items():
+                    _try_to_draw(plan, words[group[0]], key, paths[group[0]])
+                raise
             for group, deltas in zip(groups.values(), drawn):
                 out.update(zip(group, deltas))
     return out
+
+
+def _try_to_draw(plan: _Plan, word, key, path: str) -> None:
+    """**Raises:** what the form of an update has to say of a weight, with its name."""
+    try:
+        eqx.filter_eval_shape(_draw, (plan,), key, [word[None]])
+    except (TypeError, ValueError) as e:
+        if type(e) not in (TypeError, ValueError):
+            raise
+        raise type(e)(f"{named(path)}: {e}") from e
 
 
 def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[AbstractDelta]]:
@@ -386,11 +410,11 @@ def _around(base: Any, plan: _Plan, word, key) -> AdaptedArray:
     return checked(with_base(out, base))
 
 
-def _no_dropout(leaf: Leaf, plan: _Plan) -> str:
+def _no_update(leaf: Leaf, plan: _Plan, what: str, way_out: str) -> str:
     form = read_update(plan.update).cls.__name__
     return (
-        f"{named(leaf.path)} cannot have dropout: {form} is no update that is given an "
-        "activation. Give `Adapt(dropout=0)` for it."
+        f"{named(leaf.path)} cannot have {what}, which is for what is added to a "
+        f"weight, and {form} is not. Give `Adapt({way_out})` for it."
     )
 
 

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._arrays.base import replace
+from .._arrays.base import is_adapted, replace
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .each import low_rank
@@ -56,11 +56,24 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
         delta = replace(w.delta, a=a, b=b, rank=2 * w.rank, alpha=2 * w.alpha)
         return replace(w, base=base, delta=delta)
 
-    is_leaf = lambda x: isinstance(x, LoraArray)
-    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_leaf)
-    firsts = jax.tree.leaves(initial, is_leaf=is_leaf)
+    is_sum = lambda x: isinstance(x, LoraArray)
+
+    def change_inside(where: str, x: Any, first: Any, base: Any) -> Any:
+        """A `DoRA` is around the sum that is changed; others are as they were."""
+        parts, treedef = jtu.tree_flatten(x, is_leaf=is_sum)
+        firsts = jax.tree.leaves(first, is_leaf=is_sum)
+        if len(firsts) != len(parts):
+            raise ValueError(f"{where} is adapted otherwise in `initial`.")
+        out = [
+            change(where, low_rank(where, y), z, base) if is_sum(y) else y
+            for y, z in zip(parts, firsts)
+        ]
+        return jax.tree.unflatten(treedef, out)
+
+    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)
+    firsts = jax.tree.leaves(initial, is_leaf=is_adapted)
     # Where an array is adapted, `plain` has one leaf.
-    outline = jax.tree.map(lambda _: 0, model, is_leaf=is_leaf)
+    outline = jax.tree.map(lambda _: 0, model, is_leaf=is_adapted)
     try:
         bases = jax.tree.structure(outline).flatten_up_to(plain)
     except ValueError as e:
@@ -68,9 +81,7 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
     if len(firsts) != len(leaves):
         raise ValueError("`initial` is another model than the one trained.")
     out = [
-        change(named(dotted(path)), low_rank(named(dotted(path)), x), first, base)
-        if is_leaf(x)
-        else x
+        change_inside(named(dotted(path)), x, first, base) if is_adapted(x) else x
         for (path, x), first, base in zip(leaves, firsts, bases)
     ]
     return jax.tree.unflatten(treedef, out)

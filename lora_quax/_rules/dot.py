@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import ArrayLike
 
 from .._arrays.check import wider
-from .._arrays.dropout import DropoutArray, dropped, used
+from .._arrays.dropout import DropoutArray, dropped_in_product, used
 from .._arrays.lora import add, LoraArray
 from .._arrays.low_rank import LowRankArray, preferred, scaled
 from .._arrays.scaled import ScaledArray
@@ -43,8 +43,10 @@ def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
         return lax.convert_element_type(out, result), labels
     # Its cotangent, a sum over both products, is stored as the result is.
     x = given = stored(x)
+    given_axes = axes
     if isinstance(w, DropoutArray):
-        w, given = w.w, dropped(x, w)
+        given, labels = dropped_in_product(x, w, x_labels, w_labels)
+        w, given_axes = w.w, (labels, w_labels, keep)
     assert isinstance(w, LoraArray)
     out, labels = contract(
         x,
@@ -57,7 +59,9 @@ def _product(x, w: Lowered, axes, out_sharding, precision, dtype):
         **params,
     )
     update = w.delta.lower()
-    delta, delta_labels = _low_rank_product(given, update, axes, out_sharding, **params)
+    delta, delta_labels = _low_rank_product(
+        given, update, given_axes, out_sharding, **params
+    )
     return stored(add(out, arrange(delta, delta_labels, labels))), labels
 
 

@@ -7,10 +7,11 @@ from jax.extend.core.primitives import copy_p, name_p, stop_gradient_p
 from jaxtyping import ArrayLike
 
 from .._arrays.base import replace
-from .._arrays.dropout import DropoutArray
+from .._arrays.dropout import DropoutArray, renewed
 from .._arrays.lora import LoraArray
 from .._compat import pvary_p
-from .scaled import MOVES
+from .register import as_array
+from .scaled import gathered, MOVES
 
 
 def _with_keys(w: DropoutArray, out, keys):
@@ -19,11 +20,14 @@ def _with_keys(w: DropoutArray, out, keys):
 
 
 def _moved(w: DropoutArray, move, *rest, **params):
-    """The keys of what is moved. One key that stays one is the very same, so that its
-    uses are counted."""
+    """The keys of what is moved. One key that stays as it is is the very same, so that
+    its uses are counted. Others are new arrays, of which nobody knows what they were:
+    so to move them counts as a use."""
     keys = move(w.key, w.shape, *rest, **params)
-    same = lambda new: w.key if new.shape == w.key.shape and new.size == 1 else new
-    return list(map(same, keys)) if isinstance(keys, list) else same(keys)
+    shapes = [key.shape for key in (keys if isinstance(keys, list) else [keys])]
+    if w.key.size == 1 and all(shape == w.key.shape for shape in shapes):
+        return [w.key for _ in keys] if isinstance(keys, list) else w.key
+    return move(renewed(w.key), w.shape, *rest, **params)
 
 
 def _moves(primitive, move):
@@ -40,13 +44,25 @@ for _primitive, _move in MOVES.items():
     _moves(_primitive, _move)
 
 
+@quax.register(lax.gather_p)
+def _(w: DropoutArray, indices: ArrayLike, **params):
+    """A lookup has none; but whole matrices of a stack are weights still."""
+    indices = as_array(indices)
+    out = quax.quaxify(lax.gather_p.bind)(w.w, indices, **params)
+    if not isinstance(out, LoraArray):
+        return out
+    params["mode"] = lax.GatherScatterMode.CLIP  # No key can be filled in.
+    return _with_keys(w, out, gathered(renewed(w.key), w.shape, indices, **params))
+
+
 def _stays(primitive):
     """An operation on each number by itself. What a product by a vector adds to the
     axes of the weight, it adds to those of the key."""
 
     def done(w: DropoutArray, out):
         new = (1,) * (out.ndim - w.ndim)
-        return _with_keys(w, out, w.key.reshape(new + w.key.shape))
+        key = renewed(w.key).reshape(new + w.key.shape) if new else w.key
+        return _with_keys(w, out, key)
 
     @quax.register(primitive)
     def _(w: DropoutArray, *rest: ArrayLike, **params):

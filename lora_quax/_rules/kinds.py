@@ -18,6 +18,7 @@ import jax.tree_util as jtu
 
 from .._arrays.base import lower_all, make, replace
 from .._arrays.check import wider
+from .._arrays.dropout import DropoutArray
 from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray
 from .._arrays.scaled import ScaledArray
@@ -57,6 +58,10 @@ def become(x, kind, operation, why: str):
     if alike(x, kind):
         return x
     x = lower_all(x)
+    if isinstance(x, DropoutArray):
+        if isinstance(kind, DropoutArray):
+            return replace(kind, w=become(x.w, kind.w, operation, why), key=x.key)
+        x = x.w
     if isinstance(kind, ScaledArray) and isinstance(x, ScaledArray):
         base = become(x.frozen_base(), kind.base, operation, why)
         return replace(kind, base=base, scale=x.scale.astype(kind.scale.dtype))
@@ -77,6 +82,12 @@ def _common(x, y) -> Any:
     """
     if x is None:
         return None
+    if isinstance(x, DropoutArray) and isinstance(y, DropoutArray):
+        w = _common(x.w, y.w)
+        alike_in_keys = (x.rate, x.key.shape) == (y.rate, y.key.shape)
+        return replace(x, w=w) if alike_in_keys and isinstance(w, LoraArray) else w
+    # What has dropout on one side alone has none.
+    x, y = (z.w if isinstance(z, DropoutArray) else z for z in (x, y))
     if isinstance(x, LowRankArray) and isinstance(y, LowRankArray):
         return _common_factors(x, y)
     if isinstance(x, ScaledArray) and isinstance(y, ScaledArray):

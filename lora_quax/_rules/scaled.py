@@ -143,34 +143,45 @@ _running(lax.cumsum_p)
 
 
 @on(lax.gather_p)
-def _(w: ScaledArray, indices, *, dimension_numbers, slice_sizes, **params):
+def _(w: ScaledArray, indices, **params):
     """A lookup is an activation, and multiplied out; unless it is itself a weight
-    still. What is filled in is not scaled."""
-    numbers, labels = dimension_numbers, varying(w)
-    if fills(params):  # So that an index that is out of bounds finds no scale.
-        labels = sorted({*labels, *map(int, numbers.start_index_map)})
-    out = quax.quaxify(lax.gather_p.bind)(
-        w.frozen_base(),
-        indices,
-        dimension_numbers=numbers,
-        slice_sizes=slice_sizes,
-        **params,
-    )
-    s = jnp.broadcast_to(
-        w.scale, [n if i in labels else 1 for i, n in enumerate(w.shape)]
-    ).squeeze([i for i in range(w.ndim) if i not in labels])
-    if labels:
-        del params["fill_value"]
-        sizes = dict(enumerate(slice_sizes))
-        s, labels = look_up(s, labels, sizes, indices, numbers, fill=1, **params)
-    order = result_labels(w.ndim, indices, numbers)
-    s = _spread(s, labels, order)
+    still."""
+    out = quax.quaxify(lax.gather_p.bind)(w.frozen_base(), indices, **params)
+    s = gathered(w.scale, w.shape, indices, **params)
     # Of whole matrices some were chosen; else what is looked up is an activation. A row
     # alone is one, too, where its axis is still there.
-    long = [i for i in order if isinstance(i, int) and slice_sizes[i] != 1]
+    order = result_labels(w.ndim, indices, params["dimension_numbers"])
+    sizes = params["slice_sizes"]
+    long = [i for i in order if isinstance(i, int) and sizes[i] != 1]
     if is_adapted(out) or len(long) > 1:
         return replace(w, base=out, scale=s, stopped=True)
     return quax.quaxify(times)(out, s)
+
+
+def gathered(
+    s,
+    of: Sequence[int],
+    indices,
+    *,
+    dimension_numbers,
+    slice_sizes,
+    fill_value=None,
+    **params,
+):
+    """The scale of a lookup, each of its axes as long as there, or 1. What is filled in
+    is not scaled."""
+    del fill_value
+    labels = [i for i, n in enumerate(s.shape) if n != 1]
+    if fills(params):  # So that an index that is out of bounds finds no scale.
+        labels = sorted({*labels, *map(int, dimension_numbers.start_index_map)})
+    s = jnp.broadcast_to(s, [n if i in labels else 1 for i, n in enumerate(of)])
+    s = s.squeeze([i for i in range(len(of)) if i not in labels])
+    if labels:
+        sizes = dict(enumerate(slice_sizes))
+        s, labels = look_up(
+            s, labels, sizes, indices, dimension_numbers, fill=1, **params
+        )
+    return _spread(s, labels, result_labels(len(of), indices, dimension_numbers))
 
 
 def _compact(w: ScaledArray):

@@ -15,6 +15,8 @@ from .._disk.exchange import refuse_changed, refuse_non_finite
 from .._disk.files import write_tensors
 from .._disk.state import state_paths
 from .._disk.whole import folder_whole
+from .._forms.dora import DoRA
+from .._model.dropout import without_key
 from .._model.merge import refuse_partial
 from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
@@ -130,6 +132,7 @@ def save(
     if use_rslora and consumer != "peft":
         raise ValueError(f"`use_rslora` is not known to {consumer}; leave it out.")
     refuse_partial(model)
+    model = without_key(model)
     before = base if initial is None else initial
     if before is not None:
         refuse_changed(model, before)
@@ -255,7 +258,8 @@ def _is_update(place: Place) -> bool:
 def _dropout(places: list[Place]) -> float:
     """The rate of all updates, or the greatest."""
     arrays = (place.leaf.value for place in places)
-    return max((getattr(x, "dropout", 0.0) for x in arrays), default=0.0)
+    loras = (x.lora if isinstance(x, DoRA) else x for x in arrays)
+    return max((getattr(x, "dropout", 0.0) for x in loras), default=0.0)
 
 
 def _settings(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import quax
 
-from .._arrays.base import AdaptedArray, checked, is_adapted, make
+from .._arrays.base import AdaptedArray, checked, make
 from .._arrays.check import default_dtype
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray, unsummed
@@ -55,10 +55,10 @@ def write_rows(places: list[Place]) -> tuple[dict[str, list[int]], dict[str, Any
         try:
             if not place.is_embedding or [*place.names] != [()]:
                 raise ValueError("it is not the weight of one embedding")
-            if is_adapted(x.base) or isinstance(x.base, quax.Value):
-                raise ValueError("its base is no plain array")
             if isinstance(x.base, FullArray) or not x.stop_gradient:
                 raise ValueError("its base trains as well")
+            if isinstance(x.base, quax.Value):
+                raise ValueError("its base is no plain array")
         except ValueError as e:
             raise ValueError(
                 f"{named(place.path)} cannot be exchanged with PEFT: {e}."

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures as cf
+import itertools
 import multiprocessing
 import pathlib
 import random
@@ -49,18 +50,19 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.randrange(10**6)
     print(f"{options.programs} programs, --seed {seed}", flush=True)
     start, report = time.monotonic(), Report()
-    # Any two seeds have no chunk in common.
-    waiting = [seed * 10**6 + i for i in range(0, options.programs, _CHUNK)][::-1]
-    while waiting:
+    # Any two seeds have no chunk in common. Of a chunk fewer programs may be new.
+    chunks = itertools.count(seed * 10**6, _CHUNK)
+    wants_more = lambda: report.outcomes.total() < options.programs
+    while wants_more():
         running: dict[cf.Future, int] = {}
         with _pool(options.jobs) as pool:
             try:
-                while waiting or running:
-                    while waiting and len(running) < options.jobs:
-                        known = report.failures
+                while running or wants_more():
+                    while wants_more() and len(running) < options.jobs:
+                        known, chunk = report.failures, next(chunks)
                         n = min(_CHUNK, options.programs)
-                        task = search, n, waiting[-1], options.kind, known
-                        running[pool.submit(*task)] = waiting.pop()
+                        task = search, n, chunk, options.kind, known
+                        running[pool.submit(*task)] = chunk
                     for task in cf.wait(running, return_when=cf.FIRST_COMPLETED).done:
                         _add(report, task.result())
                         del running[task]
@@ -71,7 +73,6 @@ def main() -> int:
                 # XLA aborts on some programs, of dense weights as well. Which it was is
                 # for a reader to find out; others are drawn in the place of theirs.
                 print(f"STOPPED in one of the chunks {[*running.values()]}", flush=True)
-                waiting += [chunk + 1 for chunk in running.values()]
     total = report.outcomes.total()
     for outcome, count in report.outcomes.most_common():
         print(f"{count:6} {count / total:6.1%}  {outcome}")

@@ -302,6 +302,8 @@ def step(d: Draft):
     table = d.one([LAYOUTS, LAYOUTS, LAYOUTS, SCALES, JOINS, FLOW])
     before = d.shape
     d.let("w", d.one(table)(d))
-    # What has lost an axis may be one row of each matrix, and dense.
-    if len(d.shape) < len(before) and math.prod(d.shape) < math.prod(before):
+    # What has lost an axis may be one row of each matrix, and dense; so is what becomes
+    # of a row, which may be larger again.
+    lost = len(d.shape) < len(before) and math.prod(d.shape) < math.prod(before)
+    if lost or d.looked_up:
         d.looked_up = max(d.looked_up, math.prod(d.shape))

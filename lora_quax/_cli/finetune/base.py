@@ -1,6 +1,8 @@
 """The model that is adapted: one of eqx-zoo's, from its folder or from a file of
 llama.cpp."""
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,18 +12,23 @@ import jax.random as jr
 from jaxtyping import PyTree
 
 from ..._arrays.base import is_adapted
-from ..._disk.files import AdapterError, read_json
+from ..._arrays.low_rank import LowRankArray
+from ..._disk.files import AdapterError, read_json, refuse
 from ..._disk.gguf import load_gguf
 from ..._disk.shards import open_model
+from ..._forms.loha import LoHa
+from ..._forms.lokr import LoKr
+from ..._forms.vera import VeRA
 from ..._model.loraify import loraify
 from ..._model.quantise import quantise
 from ...peft._save import save
 from .config import Base, is_gguf, Lora
 from .extra import needs
-from .gguf import HEAD, llama_config, NAMES
+from .gguf import HEAD, llama_config, NAMES, refuse_layers
 
 
 _HEAD = ("lm_head", "freeze")
+_UPDATES = {"lora": LowRankArray, "loha": LoHa, "lokr": LoKr, "vera": VeRA}
 
 
 class Causal(NamedTuple):
@@ -32,6 +39,7 @@ class Causal(NamedTuple):
     has_head: bool = False  # Or the embedding is the head.
     has_experts: bool = False
     source: Path | None = None  # As Hugging Face has it.
+    context: int | None = None  # How many tokens it has been trained on at once.
 
     @property
     def names(self) -> dict[str, str] | None:
@@ -65,7 +73,17 @@ def adapt(base: Causal, config: Lora, seed: int) -> PyTree:
     frozen = [_HEAD] if base.has_head and not named else []
     targets = [*config.targets, *frozen]
     key = jr.key(seed)
-    return loraify(base.model, config.rank, key, alpha=config.alpha, targets=targets)
+    return loraify(
+        base.model,
+        config.rank,
+        key,
+        alpha=config.alpha,
+        targets=targets,
+        update=_UPDATES[config.update],
+        dropout=config.dropout,
+        use_dora=config.use_dora,
+        use_rslora=config.use_rslora,
+    )
 
 
 def write_adapter(folder: Path, model: PyTree, base: Causal) -> None:
@@ -88,37 +106,66 @@ def write_adapter(folder: Path, model: PyTree, base: Causal) -> None:
 def _of_folder(path: Path, dtype) -> Causal:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"There is no config.json in {path}.")
-    config = _config(path / "config.json", read_json(path / "config.json"))
-    with open_model(path):  # Or a shard is missing, or is truncated.
-        pass
+    found = read_json(path / "config.json")
+    config = _config(path / "config.json", found)
+    with open_model(path) as tensors:  # Or a shard is missing, or is truncated.
+        refuse_layers(path, config.num_hidden_layers, tensors, "model.layers.")
     try:
         model = needs("eqx_zoo").CausalLM.from_pretrained(path, dtype=dtype)
     except (KeyError, ValueError) as e:
         raise AdapterError(
             f"{path} is not what its config.json says: {e.args[0]}."
         ) from e
-    return _causal(model, config)._replace(source=path)
+    return _causal(model, config, found)._replace(source=path)
 
 
 def _of_gguf(path: Path, dtype) -> Causal:
-    config = _config(path, llama_config(path))
+    found = llama_config(path)
+    config = _config(path, found)
     zoo = needs("eqx_zoo")
     make = zoo.CausalLM
     like = eqx.filter_eval_shape(make, config, key=jr.key(0), dtype=dtype)
     names = NAMES if config.tie_word_embeddings else NAMES | HEAD
-    return _causal(load_gguf(path, like, names=names), config)
+    return _causal(load_gguf(path, like, names=names), config, found)
 
 
 def _config(path: Path, found: dict[str, Any]) -> Any:
     try:
-        return needs("eqx_zoo").Config.from_hf(found)
+        out = needs("eqx_zoo").Config.from_hf(found)
     except KeyError as e:
         raise AdapterError(f"{path} does not say its {e}.") from e
-    except (NotImplementedError, TypeError, ValueError, ZeroDivisionError) as e:
+    except (
+        ArithmeticError,
+        AttributeError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ) as e:
         raise AdapterError(f"{path} is of a model that eqx-zoo has not: {e}.") from e
+    refuse(f"{path} has what no model has", _odd(out), in_order=True)
+    return out
 
 
-def _causal(model, config) -> Causal:
+def _odd(config: Any) -> Iterator[str]:
+    """eqx-zoo takes the numbers as they are, and fails where they are used."""
+    for field in dataclasses.fields(config):
+        x = getattr(config, field.name)
+        # A model may have no experts.
+        least = 1 if field.default is dataclasses.MISSING else 0
+        if field.type is int and (type(x) is not int or x < least):
+            yield f"`{field.name}` is {x!r:.40}, and no integer of at least {least}"
+        elif field.type is float and not (type(x) in (int, float) and 0 < x < 1e30):
+            yield f"`{field.name}` is {x!r:.40}, and no number above 0"
+        elif field.type is bool and type(x) is not bool:
+            yield f"`{field.name}` is {x!r:.40}, and neither true nor false"
+
+
+def _causal(model, config, found: dict[str, Any]) -> Causal:
+    context = found.get("max_position_embeddings")
     return Causal(
-        model, config.vocab_size, model.lm_head is not None, bool(config.moe_layers)
+        model,
+        config.vocab_size,
+        has_head=model.lm_head is not None,
+        has_experts=bool(config.moe_layers),
+        context=context if type(context) is int else None,
     )

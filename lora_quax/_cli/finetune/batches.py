@@ -55,12 +55,10 @@ def padded_length(length: int, max_length: int) -> int:
     return min(max_length, max(_SHORTEST, 1 << (length - 1).bit_length()))
 
 
-def batches(
-    examples: Sequence[Tokens], rows: int, n: int, max_length: int
-) -> list[Batch]:
-    """These examples as `n` batches of so many rows, all of one shape; rows that are
-    left over have nothing to be learnt."""
-    longest = max(len(x.ids) for x in examples)
+def batches(examples: Sequence[Tokens], rows: int, max_length: int) -> list[Batch]:
+    """These examples as batches of so many rows, all of one shape; rows of the last
+    that are left over have nothing to be learnt."""
+    longest, n = max(len(x.ids) for x in examples), -(-len(examples) // rows)
     shape = n * rows, padded_length(longest, max_length)
     ids, learnt = np.full(shape, -1, np.int32), np.zeros(shape, bool)
     for i, x in enumerate(examples):

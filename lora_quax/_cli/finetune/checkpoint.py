@@ -122,6 +122,7 @@ class Log:
 
     def __init__(self, path: Path):
         self._path = path
+        self.evaluated: set[int] = set()  # After which steps.
 
     def begin(self, step: int | None) -> None:
         """Forgets what comes after a step, which is to be done again; or all of it."""
@@ -129,11 +130,14 @@ class Log:
         is_there = step is not None and self._path.is_file()
         for line in self._path.read_text().splitlines() if is_there else ():
             try:
-                if parse_json(line)["step"] > step:
+                found = parse_json(line)
+                if found["step"] > step:
                     break
             except (KeyError, TypeError, ValueError):  # Cut off, when it was killed.
                 break
             lines.append(f"{line}\n")
+            if "valid_loss" in found:
+                self.evaluated.add(found["step"])
         with written_whole(self._path) as (new,):
             new.write_text("".join(lines))
 

@@ -32,6 +32,10 @@ class Lora:
     rank: int = number(8, least=1)
     alpha: float | None = number(None, above=0)  # By default the rank.
     targets: tuple[str, ...] = ("all-linear",)
+    dropout: float = number(0.0, least=0)
+    update: Literal["lora", "loha", "lokr", "vera"] = "lora"
+    use_dora: bool = False
+    use_rslora: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Train:
     weight_decay: float = number(0.0, least=0)
     clip: float | None = number(1.0, above=0)  # The norm of the gradient.
     seed: int = number(0, least=0)
+    checkpoint: bool = False  # Layers are computed again for their gradients.
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,22 @@ def decides(config: Config) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _check_lora(lora: Lora) -> Iterator[Wrong]:
+    if lora.dropout >= 1:
+        yield Wrong("lora", "dropout", f"`dropout` has to be below 1: {lora.dropout}")
+    if lora.update == "lora":
+        return
+    what = f"`update` is {lora.update!r}"
+    if lora.use_dora:
+        yield Wrong("lora", "use_dora", f"DoRA is of LoRA, and {what}")
+    if lora.dropout:
+        yield Wrong("lora", "dropout", f"PEFT has it of LoRA, and {what}")
+    if lora.update == "vera":
+        for key in ("alpha", "use_rslora"):
+            if getattr(lora, key):
+                yield Wrong("lora", key, f"{what}, which has no alpha; leave it out")
+
+
 def is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf"
 
@@ -101,6 +122,7 @@ def _check(config: Config) -> Iterator[Wrong]:
         yield Wrong("model", "path", why)
     if model.tokenizer is not None and not model.tokenizer.exists():
         yield Wrong("model", "tokenizer", f"there is nothing at {model.tokenizer}")
+    yield from _check_lora(config.lora)
     for key in ("train", "valid"):
         path = getattr(config.data, key)
         if path is not None and not path.is_file():

@@ -15,6 +15,9 @@ from .tokens import Encoder
 
 _ROLES = ("system", "user", "assistant", "tool")
 _KEYS = ("text", "messages")
+_CALLS = ("tools", "tool_calls")  # What they say is no text.
+_MOST_BYTES = 10_000_000  # Of a line: its text is tokens before it is cut.
+_MARK = b"\xef\xbb\xbf"  # Which some editors put at the beginning.
 
 
 class Example(NamedTuple):
@@ -49,6 +52,8 @@ def read_examples(path: Path) -> list[Example]:
     out, problems = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(_MARK)
             if not line.strip():
                 continue
             try:
@@ -63,6 +68,10 @@ def read_examples(path: Path) -> list[Example]:
 
 def _example(number: int, line: bytes) -> Example:
     """**Raises:** `ValueError`, which says what is wrong."""
+    if len(line) > _MOST_BYTES:
+        raise ValueError(
+            f"it has {len(line):,} bytes, and may have {_MOST_BYTES:,}: divide its text"
+        )
     try:
         found = parse_json(line.decode().rstrip())
     except UnicodeDecodeError as e:
@@ -75,6 +84,7 @@ def _example(number: int, line: bytes) -> Example:
     if len(kinds) != 1:
         raise ValueError(_not_one(found))
     if kinds == ["messages"]:
+        _refuse_calls(found, "it")
         return Example(number, None, [*_messages(found["messages"])])
     text = found["text"]
     if not isinstance(text, str) or not text.strip():
@@ -86,6 +96,11 @@ def _example(number: int, line: bytes) -> Example:
 def _not_one(found: dict[str, Any]) -> str:
     if all(key in found for key in _KEYS):
         return "it has both `text` and `messages`; one is wanted"
+    if {"prompt", "completion"} <= found.keys():
+        return (
+            "it has `prompt` and `completion`; give them as `messages`, of the roles "
+            "user and assistant"
+        )
     near = [x for key in found for x in difflib.get_close_matches(key, _KEYS, 1)]
     hint = f"; `{near[0]}` is meant?" if near else ""
     keys = ", ".join(f"`{key}`" for key in found) or "nothing"
@@ -96,6 +111,8 @@ def _messages(found: Any) -> Iterator[dict[str, str]]:
     if not isinstance(found, list) or not found:
         raise ValueError(f"`messages` has to be a list of messages: {found!r:.60}")
     for i, x in enumerate(found, 1):
+        if isinstance(x, dict):
+            _refuse_calls(x, f"message {i}")
         is_message = isinstance(x, dict) and all(
             isinstance(x.get(key), str) for key in ("role", "content")
         )
@@ -107,9 +124,18 @@ def _messages(found: Any) -> Iterator[dict[str, str]]:
             known = ", ".join(_ROLES)
             raise ValueError(f"message {i} has the role {x['role']!r:.40}, of {known}")
         _refuse_surrogates(x["content"])
+        if x["role"] == "assistant" and not x["content"].strip():
+            raise ValueError(f"message {i} is of the assistant, and says nothing")
         yield {"role": x["role"], "content": x["content"]}
     if all(x["role"] != "assistant" for x in found):
         raise ValueError("no message is of the role assistant, of which is learnt")
+
+
+def _refuse_calls(found: dict[str, Any], what: str) -> None:
+    """A chat without them would be another one."""
+    for key in _CALLS:
+        if found.get(key):
+            raise ValueError(f"{what} has `{key}`, which are not learnt from here")
 
 
 def _refuse_surrogates(text: str) -> None:

@@ -1,5 +1,6 @@
 """What a file of llama.cpp says beside its weights."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,12 +57,14 @@ def llama_config(path: Path) -> dict[str, Any]:
     embedding = shapes.get("token_embd.weight", ())
     if len(embedding) != 2:
         raise AdapterError(f"{path} has no matrix `token_embd.weight`.")
+    layers = field("block_count")
+    refuse_layers(path, layers, shapes, "blk.")
     width, heads = field("embedding_length"), field("attention.head_count")
     return dict(
         architectures=["LlamaForCausalLM"],
         hidden_size=width,
         intermediate_size=field("feed_forward_length"),
-        num_hidden_layers=field("block_count"),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=field("attention.head_count_kv", int, heads),
         head_dim=field("attention.key_length", int, width // heads),
@@ -69,7 +72,23 @@ def llama_config(path: Path) -> dict[str, Any]:
         rope_theta=field("rope.freq_base", float, 10_000.0),
         tie_word_embeddings="output.weight" not in shapes,
         vocab_size=embedding[0],
+        max_position_embeddings=fields.get("llama.context_length"),
     )
+
+
+def refuse_layers(path: Path, said: int, tensors: Iterable[str], begin: str) -> None:
+    """A model of another number of layers is not even begun.
+
+    **Raises:** `AdapterError`.
+    """
+    found = {
+        x.removeprefix(begin).split(".")[0] for x in tensors if x.startswith(begin)
+    }
+    if len(found) != said:
+        raise AdapterError(
+            f"{path} is to have {said:,} layers, and there are weights of "
+            f"{len(found):,}."
+        )
 
 
 def _read(path: Path) -> tuple[Fields, dict[str, tuple[int, ...]]]:

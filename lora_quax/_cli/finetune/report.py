@@ -20,9 +20,12 @@ _LINES = 20  # Of a whole run, where there is no bar.
 
 class Report:
     def __init__(self, bar: Progress, steps: int):
+        """**Arguments:**
+
+        - `bar`: is disabled where it would fill a log with its frames.
+        """
         self._bar, self._steps = bar, steps
         self._task = bar.add_task("", total=steps, said="")
-        self._is_terminal = bar.console.is_terminal
         self._every = max(1, steps // _LINES)
         self._begin(0)
 
@@ -46,7 +49,7 @@ class Report:
         said = f"loss {mean:.4f}  {self._tokens / seconds:,.0f} tokens/s"
         self._bar.update(self._task, completed=step, said=said)
         if step % self._every == 0 or step == self._steps:
-            if not self._is_terminal:
+            if self._bar.disable:
                 self.say(f"step {step}/{self._steps}  {said}")
             self._begin(step)
 
@@ -63,11 +66,13 @@ class Report:
 @contextmanager
 def report(steps: int) -> Iterator[Report]:
     out = console(stderr=True)
+    # Colours may be asked for in a log, and some terminals know no lines but the last.
+    is_seen = out.is_interactive and out.file.isatty()
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[said]}", markup=False),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+    with Progress(*columns, console=out, disable=not is_seen) as bar:
         yield Report(bar, steps)

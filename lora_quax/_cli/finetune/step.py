@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-import quax
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from ..._model.training import filter_value_and_grad, partition
 from .batches import Batch
 from .config import Train
 from .extra import needs
+from .loss import Loss
 
 
 class State(NamedTuple):
@@ -53,20 +54,19 @@ def optimiser(config: Train, steps: int) -> Any:
 class Stepper:
     """The programs of a run, each of which is compiled once for each shape of batch."""
 
-    def __init__(self, optim, one_by_one: bool = False):
+    def __init__(self, optim, loss: Loss = Loss(), key: PRNGKeyArray | None = None):
         """**Arguments:**
 
-        - `one_by_one`: whether a model takes one row after another, as one with experts
-            has to.
+        - `key`: for what is dropped, if anything is.
         """
         self._update = eqx.filter_jit(ft.partial(_update, optim))
-        total = lambda model, batch: _total(model, batch, one_by_one)
-        self._total = eqx.filter_jit(total)
+        self._total = eqx.filter_jit(loss)
 
         @eqx.filter_jit
-        def add(model, sums, batch):
-            loss, grads = filter_value_and_grad(total)(model, batch)
-            return jax.tree.map(jnp.add, sums, (loss, grads))
+        def add(model, sums, batch, step, i):
+            of_batch = key if key is None else jr.fold_in(jr.fold_in(key, step), i)
+            value, grads = filter_value_and_grad(loss)(model, batch, of_batch)
+            return jax.tree.map(jnp.add, sums, (value, grads))
 
         self._add = add
 
@@ -78,9 +78,10 @@ class Stepper:
         params = partition(state.model)[0]
         sums = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
         n = 0
-        for batch in parts:
+        for i, batch in enumerate(parts):
             n += int(np.count_nonzero(batch.learnt))
-            sums = self._add(state.model, sums, batch)
+            of = jnp.uint32(state.step), jnp.uint32(i)
+            sums = self._add(state.model, sums, batch, *of)
         model, opt_state, loss = self._update(
             state.model, state.opt_state, sums, jnp.float32(n)
         )
@@ -93,24 +94,6 @@ class Stepper:
             total += float(self._total(model, batch))
             n += int(np.count_nonzero(batch.learnt))
         return total / n
-
-
-def _total(model: PyTree, batch: Batch, one_by_one: bool) -> jax.Array:
-    """Minus the logarithm of the likelihood of what is learnt, each token given those
-    before it."""
-    logits = quax.quaxify(lambda model, ids: model(ids)[0])
-
-    def of_row(row):
-        ids, learnt = row
-        scores = logits(model, ids)[:-1].astype(jnp.float32)  # (length - 1, vocabulary)
-        right = jnp.take_along_axis(scores, ids[1:, None], axis=1)[:, 0]
-        nll = jax.nn.logsumexp(scores, axis=1) - right
-        return jnp.sum(jnp.where(learnt[1:], nll, 0.0))
-
-    # Rows are filled up at their ends, which nothing before them attends to.
-    rows = jnp.maximum(batch.ids, 0), jnp.asarray(batch.learnt)
-    over = jax.lax.map if one_by_one else lambda f, xs: jax.vmap(f)(xs)
-    return jnp.sum(over(of_row, rows))
 
 
 def _update(optim, model, opt_state, sums, n):

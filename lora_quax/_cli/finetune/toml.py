@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import os
 import tomllib
 import typing
 from collections.abc import Callable, Iterable, Iterator
@@ -76,7 +76,7 @@ def _text(path: Path) -> str:
         limit = f"{_MOST_BYTES:,} bytes or {_MOST_LINES:,} lines"
         raise AdapterError(f"{path} is no configuration: it has more than {limit}.")
     try:
-        return found.decode()
+        return found.decode("utf-8-sig")  # Some editors put a mark at the beginning.
     except UnicodeDecodeError as e:
         line = found.count(b"\n", 0, e.start) + 1
         raise AdapterError(f"{path} is no TOML: line {line} is not UTF-8.") from e
@@ -85,7 +85,7 @@ def _text(path: Path) -> str:
 def _parsed(path: Path, text: str) -> dict[str, Any]:
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # Not all are of its own type.
         raise AdapterError(f"{path} is no TOML: {e}.") from e
 
 
@@ -129,10 +129,14 @@ def _value(x: Any, hint: Any, field: dataclasses.Field, folder: Path) -> Any:
         if x not in (known := typing.get_args(hint)):
             raise ValueError("one of " + ", ".join(repr(y) for y in known))
         return x
+    if hint is bool:
+        if not isinstance(x, bool):
+            raise ValueError("true or false")
+        return x
     if hint in (int, float):
         return _number(x, hint, field)
     if hint is Path and isinstance(x, str) and x and "\0" not in x:
-        return folder / x
+        return folder / os.path.expanduser(x)
     is_list = isinstance(x, list) and x and all(isinstance(y, str) and y for y in x)
     if hint == tuple[str, ...] and is_list:
         return tuple(x)
@@ -146,8 +150,7 @@ def _number(x: Any, hint: type, field: dataclasses.Field) -> Any:
     is_number = isinstance(x, int | hint) and not isinstance(x, bool)
     if (
         not is_number
-        or not math.isfinite(x)
-        or abs(x) >= 2**63
+        or not abs(x) < 2**63  # Nor is it NaN.
         or (least is not None and x < least)
         or (above is not None and x <= above)
     ):
@@ -161,7 +164,8 @@ class _Lines:
 
     def __init__(self, text: str):
         self._first: dict[tuple[str, ...], int] = {}
-        lines, begins = text.splitlines(keepends=True), 1
+        # Of TOML's lines; Python knows more characters that end one.
+        lines, begins = [f"{line}\n" for line in text.split("\n")], 1
         for end in range(1, len(lines) + 1):
             try:
                 found = tomllib.loads("".join(lines[:end]))
