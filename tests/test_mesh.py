@@ -305,12 +305,13 @@ def test_an_update_that_is_a_weight_is_laid_out():
     assert laid.a.sharding.spec == A and laid.b.sharding.spec == B
 
 
-def test_adapters_are_loaded_to_where_bases_lie(tmp_path):
+@pytest.mark.parametrize("kind", MESHES)
+def test_adapters_are_loaded_to_where_bases_lie(kind, tmp_path):
     plain = mlp()
     adapted = loraify(plain, 2, jr.key(1), init_b=jax.nn.initializers.normal())
     lora_quax.save_adapter(tmp_path / "a.safetensors", adapted)
     lora_quax.peft.save(tmp_path / "peft", adapted)
-    on_mesh = lora_quax.shard(plain, mesh_of(), {"weight": P("fsdp", "tp")})
+    on_mesh = lora_quax.shard(plain, mesh_of(kind), {"weight": P("fsdp", "tp")})
     for loaded in (
         lora_quax.load_adapter(tmp_path / "a.safetensors", on_mesh),
         lora_quax.peft.load(tmp_path / "peft", on_mesh),
@@ -318,7 +319,11 @@ def test_adapters_are_loaded_to_where_bases_lie(tmp_path):
         w = loaded.layers[0].weight
         assert w.a.sharding.spec == P(None, "tp")
         assert w.b.sharding.spec == P("fsdp", None)
-        assert eqx.tree_equal(loaded, adapted)
+        assert eqx.tree_equal(jax.device_get(loaded), jax.device_get(adapted))
+        # It is written as off the mesh, with the fingerprint of the same base.
+        lora_quax.save_adapter(tmp_path / "b.safetensors", loaded)
+        written = [tmp_path / f"{name}.safetensors" for name in "ab"]
+        assert written[0].read_bytes() == written[1].read_bytes()
 
 
 def gathered(text: str) -> set[int]:

@@ -24,6 +24,7 @@ from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
 from .._model.placed import all_beside_bases
 from .._model.ties import ties_of
+from .._model.together import described, digest, in_step, is_shared, once
 from .._model.training import partition
 from .description import build, describe, describe_layer, NONSENSE, said
 from .exchange import (
@@ -103,16 +104,22 @@ def save_adapter(
         nothing of LoRA trains biases and norms too, which would be lost.
     - `check_finite`: whether to refuse numbers that are infinite or not a number.
 
+    Where several processes hold the model, each has to call this: the numbers are
+    gathered, one process writes them, and the others wait for it.
+
     **Raises:** `ValueError` if nothing in the model trains, a leaf is missing, two
-    leaves have the same dotted path, `base` differs in what would not be written, the
-    model has a state and `state` is not that, or a number is not finite;
-    `TypeError` if the model is abstract or traced; `OSError` if the file cannot be
-    written.
+    leaves have the same dotted path, the processes disagree, `base` differs in what
+    would not be written, the model has a state and `state` is not that, or a number
+    is not finite; `TypeError` if the model is abstract or traced; `OSError` if the
+    file cannot be written.
     """
-    model = without_key(model)
+    model, shared = without_key(model), is_shared(model)
+    with in_step("save_adapter", shared) as said:
+        check_state(model, state)
+        if shared:
+            said |= described(model) | described({"the state": state})
     if base is not None:
         refuse_changed(model, base)
-    check_state(model, state)
     adapter = extract(model, state)
     tensors = {**adapter.tensors, **adapter.state}
     if check_finite:
@@ -126,8 +133,12 @@ def save_adapter(
     if adapter.ties:
         about["ties"] = adapter.ties
     metadata = {_KEY: json.dumps(about, sort_keys=True)}
-    with written_whole(Path(path)) as (new,):
-        write_tensors(new, tensors, metadata)
+
+    def write():
+        with written_whole(Path(path)) as (new,):
+            write_tensors(new, tensors, metadata)
+
+    once("save_adapter", shared, write)
 
 
 def load_adapter(
@@ -158,6 +169,32 @@ def load_adapter(
     an adapter, is truncated, or is of a newer version; if a tensor of it is missing,
     unexpected, or of a shape or dtype that does not fit. `FileNotFoundError` if there
     is no such file.
+    """
+    shared = is_shared(model)
+    with in_step("load_adapter", shared) as said:
+        adapter, called, params, rest = _fitted(path, model, state)
+        if shared:
+            said |= described(model)
+            said |= described({"the file": adapter.tensors | adapter.state})
+            about = [adapter.weights, adapter.base, adapter.ties]
+            about = json.dumps(about, sort_keys=True).encode()
+            said |= {"the description": digest(about)}
+    check_base(path, adapter.base, model, same_base)
+    params = jtu.tree_map_with_path(
+        lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
+    )
+    model = all_beside_bases(eqx.combine(params, rest))
+    if state is None:
+        return model
+    new = [jnp.asarray(adapter.state[name]) for name in called]
+    return model, jax.tree.unflatten(jax.tree.structure(state), new)
+
+
+def _fitted(path, model: PyTree, state):
+    """An adapter, what the state is called, and the model that is adapted, as `written`
+    gives it, without the numbers.
+
+    **Raises:** as `load_adapter`, but for another base.
     """
     adapter = read_adapter(path)
     problems: list[str] = []
@@ -195,15 +232,7 @@ def load_adapter(
     for name, x in {**adapter.tensors, **adapter.state}.items():
         problems += too_wide(name, x.dtype)
     refuse_misfit(path, problems)
-    check_base(path, adapter.base, model, same_base)
-    params = jtu.tree_map_with_path(
-        lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
-    )
-    model = all_beside_bases(eqx.combine(params, rest))
-    if state is None:
-        return model
-    new = [jnp.asarray(adapter.state[name]) for name in called]
-    return model, jax.tree.unflatten(jax.tree.structure(state), new)
+    return adapter, called, params, rest
 
 
 def extract(model: PyTree, state: eqx.nn.State | None = None) -> Adapter:

@@ -14,17 +14,19 @@ from jaxtyping import PyTree
 from .._arrays.base import BASE, roles
 from .._model.merge import origin
 from .._model.paths import is_array, leaves_of, named
+from .._model.together import whole
 from .files import refuse
 
 
 def to_numpy(path: str, x) -> np.ndarray:
+    """Its numbers. One that several processes hold, each of them has to ask for."""
     if isinstance(x, jax.ShapeDtypeStruct | Tracer):
         what = "traced" if isinstance(x, Tracer) else "abstract"
         raise TypeError(
             f"{named(path)} is {what}, so that there are no numbers to write. Save a "
             "concrete model, outside of `jax.jit` and of other transformations."
         )
-    return np.asarray(x)
+    return whole(x)
 
 
 def cast(path: str, x: Any, dtype: np.dtype) -> Any:
@@ -69,14 +71,15 @@ def refuse_changed(model: PyTree, base: PyTree) -> None:
 
 def same_bits(x, y) -> bool:
     return jax.tree.structure(x) == jax.tree.structure(y) and all(
-        _bits(u) == _bits(v) for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
+        u is v or _bits(u) == _bits(v)
+        for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(y))
     )
 
 
 def _bits(x) -> tuple:
     if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
-    x = np.asarray(x)
+    x = whole(x)
     return x.shape, x.dtype, x.tobytes()
 
 

@@ -6,6 +6,7 @@ are not sampled may be others.
 """
 
 import collections
+import functools as ft
 import hashlib
 import warnings
 from typing import Any
@@ -15,12 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .._arrays.base import BASE, roles
 from .._arrays.check import aval_of
 from .._model.merge import origin
 from .._model.paths import is_array, is_value, leaves_of, named
+from .._model.together import whole
 from .files import AdapterError
 
 
@@ -164,15 +167,17 @@ def _sampled(x) -> np.ndarray | None:
         return np.asarray(x[at])
     if not isinstance(x, jax.Array) or isinstance(x, Tracer):
         return None
-    if x.is_deleted() or not x.is_fully_addressable:
+    if x.is_deleted():
         return None
     devices = x.devices()
     if len(devices) == 1 and {d.platform for d in devices} == {"cpu"}:
         # The array is seen as it lies: nothing is copied, and nothing compiled.
         return np.asarray(np.asarray(x)[at])
-    return np.asarray(_taken(x, at))
+    if not isinstance(x.sharding, NamedSharding):
+        return whole(_taken(x, at, None))
+    return whole(_taken(x, at, NamedSharding(x.sharding.mesh, PartitionSpec())))
 
 
-@jax.jit
-def _taken(x, at):
-    return x[at]
+@ft.partial(jax.jit, static_argnums=2)
+def _taken(x, at, out_sharding):
+    return x.at[at].get(out_sharding=out_sharding)

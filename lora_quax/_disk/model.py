@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import DTypeLike, PyTree
 from .._arrays.check import check_float_dtype
 from .._model.names import Names
 from .._model.paths import named
+from .._model.together import described, in_step, is_shared, is_writer
 from .exchange import cast, same_bits, to_numpy, too_wide
 from .files import AdapterError, refuse, refuse_type, TensorFile, write_tensors
 from .places import is_array, Place, places_of
@@ -60,6 +62,9 @@ def save_model(
     - `max_shard_size`: how many bytes a file of several may have. A tensor that has
         more gets a file of its own.
 
+    Where several processes hold the model, each has to call this: the arrays are
+    gathered one after the other, and one process writes them.
+
     **Raises:** `ValueError` if the model is adapted or quantised, holds no array, two
     different arrays have the same name, or `names` matches nothing; `TypeError` if it
     is abstract or traced, or of a type that the format does not have, such as that of
@@ -69,8 +74,13 @@ def save_model(
     path = Path(path)
     if not max_shard_size > 0:
         raise ValueError(f"`max_shard_size` must be positive, got {max_shard_size!r}.")
-    places = places_of(model, names)
-    wanted = _float_type(dtype)
+    shared = is_shared(model)
+    with in_step("save_model", shared) as said:
+        places = places_of(model, names)
+        wanted = _float_type(dtype)
+        if shared:
+            said |= described(model) | {"dtype": str(wanted)}
+            said |= {f"the name of {x.path}": str(x.names) for x in places}
     held: dict[str, tuple[Place, tuple[int, ...]]] = {}
     for place in places:
         refuse_type(_written_type(place, wanted), named(place.path))
@@ -84,20 +94,42 @@ def save_model(
     if not held:
         raise ValueError("The model holds no array.")
 
-    def tensor(name: str) -> np.ndarray:
-        place, index = held[name]
-        x = to_numpy(place.path, place.value[index] if index else place.value)
-        return cast(place.path, x, _written_type(place, wanted))
-
-    if path.suffix == ".safetensors":
-        with written_whole(path) as (new,):
-            write_tensors(new, {name: tensor(name) for name in held}, _METADATA)
-        return
     sizes = {
         name: math.prod(place.shape()) * _written_type(place, wanted).itemsize
         for name, (place, _) in held.items()
     }
-    shards = shards_of(sizes, max_shard_size)
+    is_file = path.suffix == ".safetensors"
+    shards = [[*held]] if is_file else shards_of(sizes, max_shard_size)
+    left = dict.fromkeys(name for shard in shards for name in shard)
+
+    def gathered(name: str) -> np.ndarray:
+        del left[name]
+        place, index = held[name]
+        return to_numpy(place.path, place.value[index] if index else place.value)
+
+    def tensor(name: str) -> np.ndarray:
+        place, _ = held[name]
+        return cast(place.path, gathered(name), _written_type(place, wanted))
+
+    with in_step("save_model", shared):
+        try:
+            if is_writer(shared):
+                write = _write_file if is_file else _write_folder
+                write(path, shards, sizes, tensor)
+        finally:  # All gather what one of them writes, or would have written.
+            for name in [*left] if shared else []:
+                gathered(name)
+
+
+_Tensor = Callable[[str], np.ndarray]
+
+
+def _write_file(path: Path, shards, _, tensor: _Tensor) -> None:
+    with written_whole(path) as (new,):
+        write_tensors(new, {name: tensor(name) for name in shards[0]}, _METADATA)
+
+
+def _write_folder(path: Path, shards, sizes, tensor: _Tensor) -> None:
     files = file_names(path, len(shards))
     with folder_whole(path, files) as beside:
         for new, shard in zip(beside, shards):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import init
@@ -44,6 +45,7 @@ from .paths import is_value, Leaf, named, words
 from .placed import beside_base
 from .select import select, with_biases
 from .targets import Adapt, check_dora, Targets
+from .together import described, in_step, is_shared
 from .updates import read_update
 
 
@@ -154,41 +156,45 @@ def loraify(
     nothing, or one of the targets, matched nothing; if a selected weight is missing,
     adapted already, a vector, or not a floating-point array.
     """
-    if rank is not None:
-        check_rank(rank)
-    check_alpha(alpha, 1)
-    stop_gradient = check_flag("stop_gradient", stop_gradient)
-    allow_materialise = check_flag("allow_materialise", allow_materialise)
-    use_rslora = check_flag("use_rslora", use_rslora)
-    if not isinstance(key, jax.ShapeDtypeStruct):
-        check_key(key)
-    defaults = Adapt(
-        rank,
-        alpha,
-        init_a,
-        init_b,
-        scale,
-        dtype,
-        dropout=check_dropout(dropout),
-        use_dora=check_dora(use_dora),
-        use_rslora=use_rslora,
-    )
-    _refuse_default(update, defaults)
-    policy = dict(stop_gradient=stop_gradient, allow_materialise=allow_materialise)
-    leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
-    chosen = with_biases(select(model, targets), bias)
-    plans = {
-        i: _plan(leaf, choice.spec, defaults, update, policy)
-        for i, (leaf, choice) in enumerate(chosen)
-        if choice is not None and isinstance(choice.spec, Adapt)
-    }
-    if isinstance(key, jax.ShapeDtypeStruct):
-        _refuse_concrete(chosen, plans)
-    folds = words([leaf.path for leaf, _ in chosen])
-    is_update = {i: read_update(plan.update).is_update for i, plan in plans.items()}
-    drawn = {i: plan for i, plan in plans.items() if is_update[i]}
-    deltas = _draw_all(drawn, folds, key, [leaf.path for leaf, _ in chosen])
-    deltas = _shared(plans, deltas, key)
+    shared = is_shared(model)
+    with in_step("loraify", shared) as said:
+        if rank is not None:
+            check_rank(rank)
+        check_alpha(alpha, 1)
+        stop_gradient = check_flag("stop_gradient", stop_gradient)
+        allow_materialise = check_flag("allow_materialise", allow_materialise)
+        use_rslora = check_flag("use_rslora", use_rslora)
+        if not isinstance(key, jax.ShapeDtypeStruct):
+            check_key(key)
+        defaults = Adapt(
+            rank,
+            alpha,
+            init_a,
+            init_b,
+            scale,
+            dtype,
+            dropout=check_dropout(dropout),
+            use_dora=check_dora(use_dora),
+            use_rslora=use_rslora,
+        )
+        _refuse_default(update, defaults)
+        policy = dict(stop_gradient=stop_gradient, allow_materialise=allow_materialise)
+        leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
+        chosen = with_biases(select(model, targets), bias)
+        plans = {
+            i: _plan(leaf, choice.spec, defaults, update, policy)
+            for i, (leaf, choice) in enumerate(chosen)
+            if choice is not None and isinstance(choice.spec, Adapt)
+        }
+        if isinstance(key, jax.ShapeDtypeStruct):
+            _refuse_concrete(chosen, plans)
+        folds = words([leaf.path for leaf, _ in chosen])
+        is_update = {i: read_update(plan.update).is_update for i, plan in plans.items()}
+        drawn = {i: plan for i, plan in plans.items() if is_update[i]}
+        deltas = _draw_all(drawn, folds, key, [leaf.path for leaf, _ in chosen])
+        deltas = _shared(plans, deltas, key)
+        if shared:
+            said |= _said(chosen, plans, deltas, defaults, key)
     if allow_materialise:  # A form's `init` need not know of it.
         deltas = {i: replace(x, allow_materialise=True) for i, x in deltas.items()}
     for i, (leaf, choice) in enumerate(chosen):
@@ -226,6 +232,24 @@ def loraify(
         out = _with_magnitude(lora, leaf, choice.spec, defaults)
         leaves[i] = beside_base(leaf.path, out, choice.spec.spec)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _said(chosen, plans, deltas, defaults: Adapt, key) -> dict[str, str]:
+    """What several processes have to agree on."""
+    out = described({"key": key})
+    for i, (leaf, choice) in enumerate(chosen):
+        if choice is None:
+            continue
+        out[leaf.path] = str(choice.spec)
+        if i in plans:
+            given = {k: v for k, v in vars(choice.spec).items() if v is not None}
+            known = {**vars(defaults), **given, **dict(plans[i].told)}
+            plain = bool | int | float | str | PartitionSpec
+            known = {k: v for k, v in known.items() if isinstance(v, plain)}
+            out[leaf.path] = f"{read_update(plans[i].update).cls.__name__} with {known}"
+        if i in deltas:
+            out |= described({leaf.path: deltas[i]})
+    return out
 
 
 def _refuse_default(update: Any, defaults: Adapt) -> None:

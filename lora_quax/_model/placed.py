@@ -4,7 +4,9 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -14,6 +16,7 @@ from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
 from .._rules.leaves import leaf_specs
 from .paths import dotted, named
+from .together import is_shared
 
 
 def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
@@ -82,7 +85,15 @@ def put_on(x: Any, sharding: NamedSharding) -> Any:
     """An array, or a stand-in for one, laid out so."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.device_put(x, sharding)
+    if sharding.is_fully_addressable or is_shared(x) or isinstance(x, Tracer):
+        return jax.device_put(x, sharding)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = put_on(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    # Each process has all of it. `device_put` would send it to all the others, to see
+    # whether theirs is the same; the digests that were compared say so already.
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])
 
 
 def _sharding_of(base: Any) -> NamedSharding | None:

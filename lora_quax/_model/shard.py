@@ -16,6 +16,7 @@ from .paths import is_array, is_value, join, Leaf, leaves_of, named
 from .placed import beside_base, check_spec, has_base, put_on
 from .select import nearest
 from .targets import read_pattern
+from .together import described, in_step
 
 
 def shard(model: PyTree, mesh: Mesh, rules: Mapping[Any, PartitionSpec]) -> PyTree:
@@ -54,6 +55,23 @@ def shard(model: PyTree, mesh: Mesh, rules: Mapping[Any, PartitionSpec]) -> PyTr
     **Raises:** `ValueError` if a rule means no array; or names an axis that the mesh
     has not, or one that does not divide the array.
     """
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    shared = not everywhere.is_fully_addressable
+    with in_step("shard", shared) as said:
+        specs = _specs(model, mesh, rules)
+        if shared:
+            said |= described(model) | {"mesh": str(mesh)}
+            said |= {f"rule {target!r}": str(spec) for target, spec in rules.items()}
+    leaves, treedef = jtu.tree_flatten(model, is_leaf=is_value)
+    laid = [
+        _laid(leaf.path, x, NamedSharding(mesh, spec)) if is_array(x) else x
+        for leaf, x, spec in zip(leaves_of(model), leaves, specs, strict=True)
+    ]
+    return jtu.tree_unflatten(treedef, laid)
+
+
+def _specs(model: PyTree, mesh: Mesh, rules) -> list[PartitionSpec]:
+    """Of each leaf, by the rules."""
     places = leaves_of(model)
     specs = [PartitionSpec()] * len(places)
     for target, spec in rules.items():
@@ -67,12 +85,7 @@ def shard(model: PyTree, mesh: Mesh, rules: Mapping[Any, PartitionSpec]) -> PyTr
             what = f"{named(places[i].path)}, meant by the rule {target!r}"
             check_spec(what, spec, tuple(aval_of(places[i].value).shape), mesh)
             specs[i] = spec
-    leaves, treedef = jtu.tree_flatten(model, is_leaf=is_value)
-    laid = [
-        _laid(leaf.path, x, NamedSharding(mesh, spec)) if is_array(x) else x
-        for leaf, x, spec in zip(places, leaves, specs, strict=True)
-    ]
-    return jtu.tree_unflatten(treedef, laid)
+    return specs
 
 
 def _means(pattern: re.Pattern, leaf: Leaf) -> bool:

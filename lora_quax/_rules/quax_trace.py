@@ -35,7 +35,8 @@ from .leaves import leaf_specs
 from .traced import is_ours, is_value, plain
 
 
-_DenseValue = type(_dense(jnp.zeros(())))
+# Of a number: an array would start JAX, which `jax.distributed.initialize` must do.
+_DenseValue = type(_dense(0.0))
 
 
 def _array(value):

@@ -21,6 +21,7 @@ from .._forms.dora import DoRA
 from .._model.names import Names, split
 from .._model.paths import is_value, join, named
 from .._model.placed import all_beside_bases
+from .._model.together import described, in_step, is_shared
 from ._config import EMBEDDINGS
 from ._initial import INITIALISATIONS, reduced
 from ._layout import (
@@ -84,11 +85,18 @@ def load(
     if dtype is not None:
         dtype = check_float_dtype(dtype)
     folder = folder_of(directory, adapter_name)
-    form = form_in(folder)
+    shared = is_shared(model)
+    with in_step("peft.load", shared) as said:
+        form = form_in(folder)
+        adapter = (
+            read(directory, adapter_name, ignore)
+            if form is None
+            else read_form(form, folder, ignore)
+        )
+        if shared:
+            said |= described(model) | described({"the file": adapter[2:6]})
     return put_around(
-        read(directory, adapter_name, ignore)
-        if form is None
-        else read_form(form, folder, ignore),
+        adapter,
         model,
         names=names,
         transposed=transposed,

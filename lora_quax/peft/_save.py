@@ -20,6 +20,7 @@ from .._model.dropout import without_key
 from .._model.merge import refuse_partial
 from .._model.names import is_in, Names, split
 from .._model.paths import leaves_of, named
+from .._model.together import described, in_step, is_shared, once
 from . import _config, _read
 from ._consumers import check_consumer, for_consumer, refuse_for
 from ._forms import form_of
@@ -124,6 +125,10 @@ def save(
     cannot be written.
     """
     check_consumer(consumer)
+    shared = is_shared(model)
+    with in_step("peft.save", shared) as said:
+        if shared:
+            said |= described(model)
     if use_rslora and consumer != "peft":
         raise ValueError(f"`use_rslora` is not known to {consumer}; leave it out.")
     refuse_partial(model)
@@ -219,9 +224,13 @@ def _write(model, directory, adapter_name: str, fields, tensors, check_finite: b
     folder = folder_of(directory, adapter_name)
     fields, mark = _config.marked(fields)
     metadata = {"format": "pt", _config.MARK: mark}
-    with folder_whole(folder, (_read.FILE, _config.FILE)) as (weights, config):
-        write_tensors(weights, tensors, metadata)
-        config.write_text(json.dumps(fields, indent=2, sort_keys=True))
+
+    def write():
+        with folder_whole(folder, (_read.FILE, _config.FILE)) as (weights, config):
+            write_tensors(weights, tensors, metadata)
+            config.write_text(json.dumps(fields, indent=2, sort_keys=True))
+
+    once("peft.save", is_shared(model), write)
 
 
 def _updates(places: list[Place], initial: PyTree) -> dict[str, ParameterUpdate]:
