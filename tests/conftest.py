@@ -1,7 +1,8 @@
 """How the tests are run: flags of JAX, the order, seeds, and what is switched on.
 
 Of the environment, `ORDER_SEED` sets the order in which programs are run, `GETKEY_SEED`
-and `FUZZ_SEED` what is drawn. `LORA_QUAX_CANARY` is a list, with commas, of what JAX
+and `FUZZ_SEED` what is drawn; `KILLS` and `KILL_SEED`, how often and when a run of
+`test_survivor` is killed. `LORA_QUAX_CANARY` is a list, with commas, of what JAX
 and Quax may do next: `jax_remat3` and other flags of JAX, or `leafwise_custom_vjp`.
 """
 
