@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.interpreters.ad import Zero
 from quax._trace import _QuaxTrace, _QuaxTracer
@@ -35,7 +36,7 @@ from .leaves import leaf_specs
 from .traced import is_ours, is_value, plain
 
 
-_DenseValue = type(_dense(jnp.zeros(())))
+_DenseValue = type(_dense(np.zeros(())))  # Of NumPy: an import starts no backend.
 
 
 def _array(value):
