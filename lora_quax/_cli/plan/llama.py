@@ -24,7 +24,18 @@ class How:
     """How a model is run: static, as a program is."""
 
     checkpoint: str  # A policy of `jax.checkpoint_policies`, or "none".
-    rows: NamedSharding | None = None  # Of activations: (batch, tokens, width).
+    rows: NamedSharding  # Of activations: (batch, tokens, width).
+    # Of the weights of one layer, by their names, while it runs.
+    gathered: tuple[tuple[str, NamedSharding], ...]
+
+    def gather(self, layer: "Block") -> "Block":
+        """A layer whose weights lie whole along `fsdp`. Of a quantised one it is the
+        codes that are sent, and not the numbers that they stand for."""
+        for name, sharding in self.gathered:
+            where = lambda layer, name=name: getattr(layer, name).weight
+            whole = jax.lax.with_sharding_constraint(where(layer), sharding)
+            layer = eqx.tree_at(where, layer, whole)
+        return layer
 
 
 class Block(eqx.Module):
@@ -113,11 +124,13 @@ class Llama(eqx.Module):
         self.how = how
 
     def __call__(self, tokens: Int[Array, "batch tokens"]):
-        x = self.placed(each(self.embed_tokens, tokens))
+        placed = lambda x: jax.lax.with_sharding_constraint(x, self.how.rows)
+        x = placed(each(self.embed_tokens, tokens))
         arrays, static = eqx.partition(self.layers, eqx.is_array)
 
         def step(x, layer):
-            return self.placed(eqx.combine(layer, static)(x)), None
+            layer = self.how.gather(eqx.combine(layer, static))
+            return placed(layer(x)), None
 
         if self.how.checkpoint != "none":
             policy = getattr(jax.checkpoint_policies, self.how.checkpoint)
@@ -127,11 +140,6 @@ class Llama(eqx.Module):
         if self.lm_head is not None:
             return each(self.lm_head, x)
         return jnp.einsum("btw,vw->btv", x, self.embed_tokens.weight)
-
-    def placed(self, x: Float[Array, "batch tokens width"]):
-        if self.how.rows is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, self.how.rows)
 
 
 def abstract_llama(sizes: Sizes, how: How, dtype: Any) -> Llama:

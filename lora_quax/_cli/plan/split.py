@@ -1,19 +1,16 @@
 """How a Llama and its batch are divided among the devices of a mesh."""
 
 import math
-from typing import Any
 
-import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from ..._model.shard import shard
-from .llama import Llama
 from .sizes import Sizes
 
 
-AXES = ("dp", "fsdp", "tp", "sp")
-_COLUMNS = r"layers\.(q|k|v|gate|up)_proj"
-_ROWS = r"layers\.(o|down)_proj"
+AXES = ("dp", "fsdp", "tp")
+# Of a layer: those whose outputs lie along `tp`, and those whose inputs do.
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_ROWS = ("o_proj", "down_proj")
 
 
 def read_mesh(text: str) -> dict[str, int]:
@@ -41,7 +38,7 @@ def read_mesh(text: str) -> dict[str, int]:
     return out
 
 
-def check_divides(axes: dict[str, int], sizes: Sizes, batch: int, tokens: int) -> None:
+def check_divides(axes: dict[str, int], sizes: Sizes, batch: int) -> None:
     """**Raises:** `ValueError` if an axis does not divide what lies along it."""
     of_axis = {
         "tp": dict(
@@ -51,7 +48,6 @@ def check_divides(axes: dict[str, int], sizes: Sizes, batch: int, tokens: int) -
             vocab_size=sizes.words,
         ),
         "fsdp": dict(hidden_size=sizes.width),
-        "sp": {"--tokens": tokens},
     }
     for axis, lengths in of_axis.items():
         for name, n in lengths.items():
@@ -75,21 +71,22 @@ def row_axes(axes: dict[str, int]) -> tuple[str, ...]:
 
 
 def batch_spec(axes: dict[str, int]) -> PartitionSpec:
-    return PartitionSpec(row_axes(axes) or None, "sp" if "sp" in axes else None)
+    return PartitionSpec(row_axes(axes) or None, None)
 
 
 def rules(axes: dict[str, int], tied: bool) -> dict[str, PartitionSpec]:
-    """The outputs of q, k, v, gate and up lie along `tp`, and so do the inputs of o and
-    down, and the words; of each the other axis lies along `fsdp`."""
+    """Of the layers the outputs of q, k, v, gate and up lie along `tp`, and the inputs
+    of o and down; of the embedding and the head, the words. The other axis of each lies
+    along `fsdp`."""
     tp, fsdp = (name if name in axes else None for name in ("tp", "fsdp"))
-    out = {
-        _COLUMNS: PartitionSpec(None, tp, fsdp),
-        _ROWS: PartitionSpec(None, fsdp, tp),
-        "embed_tokens": PartitionSpec(tp, fsdp),
-    }
-    return out if tied else {**out, "lm_head": PartitionSpec(tp, fsdp)}
+    out = {name: PartitionSpec(None, tp, fsdp) for name in _COLUMNS}
+    out |= {name: PartitionSpec(None, fsdp, tp) for name in _ROWS}
+    words = {"embed_tokens": PartitionSpec(tp, fsdp)}
+    return out | words if tied else {**out, **words, "lm_head": PartitionSpec(tp, fsdp)}
 
 
-def split(model: Llama, mesh: Any, sizes: Sizes) -> Llama:
-    """**Raises:** `ValueError` if an axis does not divide the tiles of a weight."""
-    return shard(model, mesh, rules(dict(mesh.shape), sizes.tied))
+def gathered(axes: dict[str, int]) -> dict[str, PartitionSpec]:
+    """How the weights of one layer lie while it runs: whole along `fsdp`."""
+    tp = "tp" if "tp" in axes else None
+    out = {name: PartitionSpec(tp, None) for name in _COLUMNS}
+    return {**out, **{name: PartitionSpec(None, tp) for name in _ROWS}}

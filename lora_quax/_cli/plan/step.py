@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 
 from ..._model.loraify import loraify
 from ..._model.quantise import quantise
+from ..._model.shard import shard
 from ..._model.training import partition
 from .llama import abstract_llama, How, loss_fn
 from .sizes import Sizes
-from .split import batch_spec, split
+from .split import batch_spec, gathered, rules
 
 
 # What is quantised computes in bfloat16, and so does what is left of such a model.
@@ -65,15 +66,19 @@ def step_of(job: Job, mesh: Any) -> Step:
     or a target is not there; `ImportError` without qwix, for a quantised base.
     """
     spec = batch_spec(job.axes)
-    rows = NamedSharding(mesh, PartitionSpec(*spec, None))
+    on = lambda spec: NamedSharding(mesh, spec)
+    whole = {name: on(spec) for name, spec in gathered(job.axes).items()}
+    if job.checkpoint == "none":  # Or each layer's would be kept for the way back.
+        whole = {}
+    how = How(job.checkpoint, on(PartitionSpec(*spec, None)), (*whole.items(),))
     is_quantised = job.base in ("nf4", "int4", "int8")
     dtype = jnp.bfloat16 if is_quantised else jnp.dtype(job.base)
-    model = abstract_llama(job.sizes, How(job.checkpoint, rows), dtype)
+    model = abstract_llama(job.sizes, how, dtype)
     head = [] if job.sizes.tied else [("lm_head", "freeze")]
     if is_quantised:
         kept: Any = [eqx.nn.Linear, *head]
         model = quantise(model, job.base, targets=kept, tile=TILE)
-    model = split(model, mesh, job.sizes)
+    model = shard(model, mesh, rules(job.axes, job.sizes.tied))
     named = any("lm_head" in target for target in job.targets)
     targets: Any = [*job.targets, *([] if named else head)]
     model = loraify(model, job.rank, jr.key(0), targets=targets)
@@ -85,6 +90,6 @@ def step_of(job: Job, mesh: Any) -> Step:
         return quax.quaxify(loss_fn)(model, tokens)
 
     batch = jax.ShapeDtypeStruct(
-        (job.batch, job.tokens), jnp.int32, sharding=NamedSharding(mesh, spec)
+        (job.batch, job.tokens), jnp.int32, sharding=on(spec)
     )
     return Step(jax.value_and_grad(loss), params, frozen, batch)
