@@ -161,7 +161,7 @@ def _parser() -> _Parser:
         "plan",
         plan,
         "say what a step of LoRA takes of each device of a mesh",
-        "Of a Llama, whose config.json is all that is needed: bytes by kind, FLOPs, and "
+        "Of a Llama, whose config.json is all that is needed: bytes by kind, FLOPs and "
         "what is sent. Base, factors, gradients and optimiser are exact. Activations, "
         "temporaries and collectives are those of the program that XLA makes of the "
         "step, for the devices that are here if they are enough, and for CPUs if not: "

@@ -17,6 +17,7 @@ _OPTIONS = {
 }
 _CALL = re.compile(r"\b(?:body|to_apply|calls|true_computation)=%?([\w.-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_SHAPE = re.compile(r"\b([a-z]\w+)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
     r"= (?P<types>\(.*?\)|\S+) (?P<kind>all-gather|all-reduce|reduce-scatter|"
     r"all-to-all|collective-permute)(?:-start)?\("
@@ -35,50 +36,82 @@ def compiled(step: Step, mesh: Any) -> Any:
 
 
 class _Computation(NamedTuple):
+    """A function of a program."""
+
     sent: dict[str, int]  # bytes by kind
     calls: list[tuple[str, int]]  # others, and how often
+    loops: list[str]  # what it repeats
+    reads: set[str]  # what it takes out of its argument
+    root: list[str]  # the line of what it returns, if there is one
 
 
-def traffic(text: str) -> dict[str, int]:
-    """The bytes that collectives of each kind give to one device, in all the turns of
-    the loops that a program of XLA has."""
-    computations, entry = _read(text)
-    found: dict[str, dict[str, int]] = {}
+class Program:
+    """The text of a program that XLA has compiled for one of many devices."""
 
-    def total(name: str) -> dict[str, int]:
-        if name not in found:
-            out = dict(computations[name].sent)
-            for callee, times in computations[name].calls:
-                for kind, n in total(callee).items():
-                    out[kind] = out.get(kind, 0) + times * n
-            found[name] = out
-        return found[name]
+    def __init__(self, text: str):
+        self.computations: dict[str, _Computation] = {}
+        current = _Computation({}, [], [], set(), [])
+        for line in text.splitlines():
+            if line.endswith("{") and line[:1] in ("%", "E"):
+                name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+                if line.startswith("ENTRY"):
+                    self.entry = name
+                current = _Computation({}, [], [], set(), [])
+                self.computations[name] = current
+            else:
+                _read(line, current)
 
-    return total(entry)
+    def traffic(self) -> dict[str, int]:
+        """The bytes that collectives of each kind give to a device, in all the turns of
+        the loops."""
+        found: dict[str, dict[str, int]] = {}
+
+        def total(name: str) -> dict[str, int]:
+            if name not in found:
+                out = dict(self.computations[name].sent)
+                for callee, times in self.computations[name].calls:
+                    for kind, n in total(callee).items():
+                        out[kind] = out.get(kind, 0) + times * n
+                found[name] = out
+            return found[name]
+
+        return total(self.entry)
+
+    def stacks(self, length: int) -> int:
+        """The bytes of what loops write, a part in each of so many turns."""
+        out = 0
+        for name in {x for c in self.computations.values() for x in c.loops}:
+            body = self.computations[name]
+            for root in body.root:
+                types, operands = root.rsplit(" tuple(", 1)
+                names = re.findall(r"%([\w.-]+)", operands)
+                shapes = _SHAPE.findall(types.split(" = ", 1)[1])
+                out += sum(
+                    _size(*shape)
+                    for name, shape in zip(names, shapes, strict=True)
+                    if name not in body.reads and shape[1].startswith(f"{length},")
+                )
+        return out
 
 
-def _read(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    entry, current = "", _Computation({}, [])
-    for line in text.splitlines():
-        if line.endswith("{") and line[:1] in ("%", "E"):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            entry = name if line.startswith("ENTRY") else entry
-            current = computations[name] = _Computation({}, [])
-            continue
-        if found := _COLLECTIVE.search(line):
-            kind = found["kind"]
-            current.sent[kind] = current.sent.get(kind, 0) + _bytes(found["types"])
-            continue
-        trips = _TRIPS.search(line)
-        times = int(trips[1]) if trips else 1
-        current.calls.extend((name, times) for name in _CALL.findall(line))
-    return computations, entry
+def _read(line: str, into: _Computation) -> None:
+    if found := _COLLECTIVE.search(line):
+        shapes = _SHAPE.findall(found["types"])
+        n = sum(_size(*shape) for shape in shapes)
+        into.sent[found["kind"]] = into.sent.get(found["kind"], 0) + n
+        return
+    trips = _TRIPS.search(line)
+    times = int(trips[1]) if trips else 1
+    called = _CALL.findall(line)
+    into.calls.extend((name, times) for name in called)
+    if " while(" in line:
+        into.loops.extend(called)
+    elif " get-tuple-element(" in line:
+        into.reads.add(line.split(" = ")[0].split("%")[-1])
+    elif line.lstrip().startswith("ROOT ") and " tuple(" in line:
+        into.root.append(line)
 
 
-def _bytes(types: str) -> int:
-    out = 0
-    for dtype, sizes in re.findall(r"\b([a-z]\w+)\[([\d,]*)\]", types):
-        bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-        out += math.prod(int(size) for size in sizes.split(",") if size) * bits // 8
-    return out
+def _size(dtype: str, sizes: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
+    return math.prod(int(size) for size in sizes.split(",") if size) * bits // 8

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from .sizes import Sizes
 
@@ -85,7 +85,7 @@ class Block(eqx.Module):
         return each(self.o_proj, out.reshape(batch, tokens, -1))
 
 
-def each(layer, x: Float[Array, "batch tokens width"]):
+def each(layer, x: Shaped[Array, "batch tokens ..."]):
     return jax.vmap(jax.vmap(layer))(x)
 
 

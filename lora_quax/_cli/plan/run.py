@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from ..console import show
-from .compiled import compiled, traffic
+from .compiled import compiled, Program
 from .sizes import read_sizes
 from .split import check_divides, read_mesh
 from .step import BASES, CHECKPOINTS, Job, step_of
@@ -61,7 +61,9 @@ def job_of(args: Any) -> Job:
     """**Raises:** as `plan`."""
     for name in ("rank", "batch", "tokens"):
         if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}, and is to be above 0.")
+            raise ValueError(
+                f"--{name} is {getattr(args, name)}, and is to be above 0."
+            )
     for name, known in dict(base=BASES, checkpoint=CHECKPOINTS).items():
         if getattr(args, name) not in known:
             raise ValueError(
@@ -109,24 +111,18 @@ def with_program(job: Job) -> Plan:
     """
     mesh = _mesh(job.axes)  # First: with what comes next JAX begins.
     paper = on_paper(job)
-    program = compiled(step_of(job, mesh), mesh)
-    temporary = _temporary(program)
-    # What grows with the layers is what each of them keeps until the way back.
-    layers = job.sizes.layers
-    longer = dataclasses.replace(job.sizes, layers=layers + 1)
-    other = compiled(step_of(dataclasses.replace(job, sizes=longer), mesh), mesh)
-    kept = layers * max(0, _temporary(other) - temporary)
+    executable = compiled(step_of(job, mesh), mesh)
+    program = Program(executable.as_text())
+    # The loops over layers write what the layers keep, and the gradients.
+    kept = max(0, program.stacks(job.sizes.layers) - paper.gradients)
+    temporary = executable.memory_analysis().temp_size_in_bytes
     return dataclasses.replace(
         paper,
         compiled_for=mesh.devices.flat[0].platform,
-        activations=min(kept, temporary),
+        activations=kept,
         temporaries=max(0, temporary - kept),
-        collectives=traffic(program.as_text()),
+        collectives=program.traffic(),
     )
-
-
-def _temporary(program: Any) -> int:
-    return program.memory_analysis().temp_size_in_bytes
 
 
 def _mesh(axes: dict[str, int]) -> Mesh:

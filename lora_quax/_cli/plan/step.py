@@ -89,7 +89,5 @@ def step_of(job: Job, mesh: Any) -> Step:
         model = eqx.combine(params, frozen, static)
         return quax.quaxify(loss_fn)(model, tokens)
 
-    batch = jax.ShapeDtypeStruct(
-        (job.batch, job.tokens), jnp.int32, sharding=on(spec)
-    )
+    batch = jax.ShapeDtypeStruct((job.batch, job.tokens), jnp.int32, sharding=on(spec))
     return Step(jax.value_and_grad(loss), params, frozen, batch)

@@ -20,7 +20,7 @@ def flops(step: Step) -> int:
 def _flops(jaxpr: Any) -> int:
     out = 0
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
+        if eqn.primitive.name in ("dot_general", "thin_dot_general"):
             (contracted, _), _ = eqn.params["dimension_numbers"]
             left, (result,) = eqn.invars[0].aval.shape, eqn.outvars
             out += 2 * math.prod([*result.aval.shape, *(left[i] for i in contracted)])
@@ -29,17 +29,24 @@ def _flops(jaxpr: Any) -> int:
     return out
 
 
-def bytes_of(tree: Any, without: tuple[str, ...] = ()) -> int:
-    """Of what one device has of all its arrays, if they were not divided along the axes
-    of the mesh `without`."""
-    out = 0
-    for x in jax.tree.leaves(tree):
-        sizes = dict(x.sharding.mesh.shape)
-        entries = [e if isinstance(e, tuple) else (e,) for e in x.sharding.spec]
-        axes = [axis for entry in entries for axis in entry if axis is not None]
-        parts = math.prod(sizes[axis] for axis in axes if axis not in without)
-        out += x.size * x.dtype.itemsize // parts
-    return out
+def bytes_of(tree: Any) -> int:
+    """Of what one device has of all its arrays."""
+    return sum(math.prod(_shard(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _shard(x: Any) -> tuple[int, ...]:
+    return x.sharding.shard_shape(x.shape)
+
+
+def _gathered(tree: Any) -> int:
+    """The bytes of those of its arrays that lie along `fsdp`, whole along it."""
+    divided = [x for x in jax.tree.leaves(tree) if "fsdp" in _axes(x)]
+    return sum(bytes_of(x) * x.sharding.mesh.shape["fsdp"] for x in divided)
+
+
+def _axes(x: Any) -> list[str | None]:
+    entries = [e if isinstance(e, tuple) else (e,) for e in x.sharding.spec]
+    return [axis for entry in entries for axis in entry]
 
 
 def sent(job: Job, step: Step) -> dict[str, int]:
@@ -52,26 +59,19 @@ def sent(job: Job, step: Step) -> dict[str, int]:
       again. So do, once, the embedding and the head.
     - gradients: those of the factors are added up over the rows of the batch.
     """
-    axes, sizes = job.axes, job.sizes
-    ends = {id(x) for x in jax.tree.leaves(_ends(step.frozen))}
-    layers = [x for x in jax.tree.leaves(step.frozen) if id(x) not in ends]
-    dtype_size = step.frozen.norm.weight.dtype.itemsize
+    axes, sizes, frozen = job.axes, job.sizes, step.frozen
     out = dict(weights=0, activations=0, gradients=0)
-    factors = bytes_of(step.params, ("fsdp",))
-    if axes.get("fsdp", 1) > 1:
-        out["weights"] = 2 * (bytes_of(layers, ("fsdp",)) + factors)
-        head = step.frozen.lm_head or step.frozen.embed_tokens
-        out["weights"] += bytes_of(head, ("fsdp",))
     rows = math.prod(axes[name] for name in row_axes(axes))
+    if axes.get("fsdp", 1) > 1:
+        head = frozen.embed_tokens if sizes.tied else frozen.lm_head
+        layers = _gathered(frozen.layers) + _gathered(step.params.layers)
+        out["weights"] = 2 * layers + _gathered(head)
     if axes.get("tp", 1) > 1:
-        x = job.batch // rows * job.tokens * sizes.width * dtype_size
-        per_layer = 4 if job.checkpoint == "none" else 5
+        width = sizes.width * frozen.norm.weight.dtype.itemsize
+        x = job.batch // rows * job.tokens * width
+        per_layer = 5 if job.checkpoint == "nothing_saveable" else 4
         out["activations"] = (per_layer * sizes.layers + 2) * x
     if rows > 1:
-        out["gradients"] = factors
+        whole = [x for x in jax.tree.leaves(step.params) if "fsdp" not in _axes(x)]
+        out["gradients"] = bytes_of(whole) + _gathered(step.params)
     return out
-
-
-def _ends(frozen: Any) -> list[Any]:
-    """What is no part of a layer."""
-    return [frozen.embed_tokens, frozen.norm, frozen.lm_head]
