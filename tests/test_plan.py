@@ -122,9 +122,10 @@ def test_flops(checkpoint):
 
 
 def test_a_large_model_on_many_devices():
-    sizes = dict(layers=126, width=16384, hidden=53248, heads=128, kv_heads=8)
-    large = job("dp=2,fsdp=32,tp=8", "nf4", **sizes, head=128, words=128256)
-    plan = on_paper(dataclasses.replace(large, batch=64))
+    sizes = Sizes(126, 16384, 53248, 128, 8, 128, 128256, tied=False)
+    small = job("dp=2,fsdp=32,tp=8", "nf4")
+    large = dataclasses.replace(small, sizes=sizes, batch=64)
+    plan = on_paper(large)
     assert plan.devices == 512
     n = 126 * sum(m * k for m, k in linears(large.sizes))
     whole = 2 * (2 * 128256 + 126 * 2 * 128 + 128) * 16384
@@ -343,3 +344,33 @@ def test_in_a_process_of_its_own(config):
     plan = json.loads(out.stdout)
     assert plan["devices"] == 32 and plan["compiled_for"] == "cpu"
     assert plan["activations"] == SIZES.layers * 64 * SIZES.width * 2
+
+
+ROOT = Path(__file__).parents[1]
+TABLE: dict[str, Any] = {"__file__": str(ROOT / "docs/plans.py"), "__name__": "plans"}
+exec((ROOT / "docs/plans.py").read_text(), TABLE)
+PAGE = (ROOT / "docs/guide/plan.md").read_text()
+
+
+def test_the_table_has_a_row_for_each():
+    rows = [line for line in PAGE.splitlines() if line.startswith("|")]
+    assert rows[:2] == TABLE["HEAD"].splitlines()
+    starts = [[model, base, str(n)] for model, base, n in TABLE["CELLS"]]
+    assert [row.strip("| ").split(" | ")[:3] for row in rows[2:]] == starts
+
+
+@pytest.mark.parametrize("model", TABLE["MODELS"])
+def test_the_table_says_what_shapes_say(model):
+    cell = model, "nf4", 128
+    assert TABLE["exact"](*cell, on_paper(TABLE["job"](*cell))) in PAGE
+
+
+@pytest.mark.slow
+def test_the_table_says_what_is_compiled():
+    cell = "8B", "nf4", 8
+    got = TABLE["row"](*cell, with_program(TABLE["job"](*cell)))
+    (said,) = (x for x in PAGE.splitlines() if x.startswith("| 8B | nf4 | 8 |"))
+    numbers = [
+        [float(x) for x in row.strip("| ").split(" | ")[4:]] for row in (got, said)
+    ]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.1)

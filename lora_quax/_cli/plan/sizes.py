@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..._disk.files import AdapterError, read_json
 
@@ -76,7 +76,7 @@ class _Reader:
             self.refuse(name, x, "a positive integer")
         return x
 
-    def refuse(self, name: str, found: Any, wanted: str) -> None:
+    def refuse(self, name: str, found: Any, wanted: str) -> NoReturn:
         raise AdapterError(
             f"{self.path} is of no model that can be planned for: its {name} is "
             f"{found!r}, and is to be {wanted}."

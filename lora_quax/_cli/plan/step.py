@@ -76,8 +76,9 @@ def step_of(job: Job, mesh: Any) -> Step:
     model = abstract_llama(job.sizes, how, dtype)
     head = [] if job.sizes.tied else [("lm_head", "freeze")]
     if is_quantised:
+        kind: Any = job.base
         kept: Any = [eqx.nn.Linear, *head]
-        model = quantise(model, job.base, targets=kept, tile=TILE)
+        model = quantise(model, kind, targets=kept, tile=TILE)
     model = shard(model, mesh, rules(job.axes, job.sizes.tied))
     named = any("lm_head" in target for target in job.targets)
     targets: Any = [*job.targets, *([] if named else head)]
