@@ -75,7 +75,7 @@ def exact(model: str, base: str, devices: int, plan: Plan) -> str:
 def row(model: str, base: str, devices: int, plan: Plan) -> str:
     compiled = plan.activations or 0, plan.temporaries or 0, plan.total
     numbers = *map(gb, compiled), gb(sum(plan.sent.values()))
-    tflops = f"{plan.flops / devices / 1e12:.3g}"
+    tflops = f"{float(f'{plan.flops / devices / 1e12:.3g}'):,g}"
     return f"{exact(model, base, devices, plan)} {' | '.join(numbers)} | {tflops} |"
 
 

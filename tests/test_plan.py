@@ -297,8 +297,9 @@ def check_traffic(planned: Job, plan: Plan) -> None:
 
 @pytest.mark.slow
 def test_flops_of_a_compiled_step():
-    """XLA counts what is in a loop once: here it turns once."""
-    planned = job("tp=1", layers=1)
+    """XLA counts what is in a loop once: here it turns once. It leaves out what the
+    inputs of the only q, k and v would be sent back."""
+    planned = job("tp=1", checkpoint="none", layers=1)
     program = compiled(step_of(planned, mesh := _mesh(planned.axes)), mesh)
     assert on_paper(planned).flops == pytest.approx(
         program.cost_analysis()["flops"], rel=0.1
@@ -370,7 +371,8 @@ def test_the_table_says_what_is_compiled():
     cell = "8B", "nf4", 8
     got = TABLE["row"](*cell, with_program(TABLE["job"](*cell)))
     (said,) = (x for x in PAGE.splitlines() if x.startswith("| 8B | nf4 | 8 |"))
+    read = lambda text: float(text.replace(",", ""))
     numbers = [
-        [float(x) for x in row.strip("| ").split(" | ")[4:]] for row in (got, said)
+        [read(x) for x in row.strip("| ").split(" | ")[4:]] for row in (got, said)
     ]
     assert numbers[0] == pytest.approx(numbers[1], rel=0.1)
