@@ -16,6 +16,8 @@ from ._cli.finetune.run import finetune
 from ._cli.generate import config_of, generate, Sampling
 from ._cli.inspect import inspect
 from ._cli.merge import merge
+from ._cli.plan.run import plan
+from ._cli.plan.step import BASES, CHECKPOINTS
 from ._disk.files import legible
 
 
@@ -40,8 +42,9 @@ def _parser() -> _Parser:
     parser = _Parser(
         "python -m lora_quax",
         description="Adapters on disk: see, compare, convert and merge them. And "
-        "language models: train an adapter of one, and see what it writes.",
-        epilog=f"{_ADAPTER} For finetune and generate there is to be a model. Exit "
+        "language models: plan a run, train an adapter, and see what it writes.",
+        epilog=f"{_ADAPTER} For finetune and generate there is to be a model, for plan "
+        "its config.json. Exit "
         "code 2 is trouble, of which stderr says what it is.",
     )
     parser.add_argument(
@@ -155,7 +158,51 @@ def _parser() -> _Parser:
         "temperature.",
     )
     _add_generation(added)
+
+    added = command(
+        "plan",
+        plan,
+        "say what a step of LoRA takes of each device of a mesh",
+        "Of a Llama, whose config.json is all that is needed: bytes by kind, FLOPs and "
+        "what is sent. Base, factors, gradients and optimiser are exact. Activations, "
+        "temporaries and collectives are those of the program that XLA makes of the "
+        "step, for the devices that are here if they are enough, and for CPUs if not: "
+        "it is compiled and never run.",
+    )
+    _add_plan(added)
     return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    def add(name: str, help: str, **options) -> None:
+        parser.add_argument(name, help=help, **options)
+
+    add(
+        "--model",
+        "a config.json, or the folder of one",
+        type=Path,
+        metavar="PATH",
+        required=True,
+    )
+    add("--mesh", "its axes, of dp, fsdp and tp", metavar="fsdp=8,tp=4", required=True)
+    add("--rank", "by default 16", type=int, default=16, metavar="N")
+    add("--base", f"{', '.join(BASES)}", default="bfloat16", metavar="KIND")
+    add("--batch", "rows, on all devices together", type=int, required=True)
+    add("--tokens", "in a row", type=int, required=True)
+    add(
+        "--checkpoint",
+        f"what a layer keeps: {', '.join(CHECKPOINTS)}",
+        default="nothing_saveable",
+        metavar="POLICY",
+    )
+    add(
+        "--targets",
+        "as for loraify, such as q_proj; by default all linear layers but the head",
+        action="append",
+        metavar="TARGET",
+    )
+    add("--no-compile", "say what shapes alone say, at once", action="store_true")
+    add("--json", "for a program to read", action="store_true")
 
 
 def _generate(args: argparse.Namespace) -> int:

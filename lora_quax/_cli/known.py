@@ -9,7 +9,7 @@ from .._disk.fingerprint import checked, fingerprint_of, may_be_same
 from .._model.names import Namer
 from .._model.paths import named
 from .content import Content
-from .plan import Tensors
+from .merge_plan import Tensors
 
 
 class Known(NamedTuple):

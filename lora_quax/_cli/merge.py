@@ -26,7 +26,7 @@ from .._disk.whole import folder_whole, written_whole
 from .console import console, namer, refuse_existing
 from .content import is_finite, read_content, refuse_state
 from .known import compare
-from .plan import Part, plan, Task, Tensor, Tensors
+from .merge_plan import Part, plan, Task, Tensor, Tensors
 from .tied import settled
 
 

@@ -9,7 +9,7 @@ from .._disk.files import AdapterError, read_json
 from .._model.names import split
 from ..peft._tied import says_tied
 from .content import Content, Update
-from .plan import Tensors
+from .merge_plan import Tensors
 
 
 def settled(

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.tree_util as jtu
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .._arrays.base import base_of, with_base
@@ -19,7 +19,9 @@ from .targets import read_pattern
 from .together import described, in_step
 
 
-def shard(model: PyTree, mesh: Mesh, rules: Mapping[Any, PartitionSpec]) -> PyTree:
+def shard(
+    model: PyTree, mesh: Mesh | AbstractMesh, rules: Mapping[Any, PartitionSpec]
+) -> PyTree:
     """Lays the arrays of a model out on a mesh. The model is not changed.
 
     ```python
@@ -44,7 +46,7 @@ def shard(model: PyTree, mesh: Mesh, rules: Mapping[Any, PartitionSpec]) -> PyTr
     **Arguments:**
 
     - `model`: any PyTree.
-    - `mesh`: the devices.
+    - `mesh`: the devices; of an abstract model it may be abstract as well.
     - `rules`: from a name, which is matched with the last segments of a path, or a
         regular expression for the whole of one, to the spec of such arrays. The path is
         that of an array, or of a layer, of which it means the weight. Where several

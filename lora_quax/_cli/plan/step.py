@@ -1,0 +1,94 @@
+"""A step of LoRA on a Llama, abstract: what it is called with, and what it computes."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import quax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from ..._model.loraify import loraify
+from ..._model.quantise import quantise
+from ..._model.shard import shard
+from ..._model.training import partition
+from .llama import abstract_llama, How, loss_fn
+from .sizes import Sizes
+from .split import batch_spec, gathered, rules
+
+
+# What is quantised computes in bfloat16, and so does what is left of such a model.
+BASES = ("float32", "bfloat16", "nf4", "int4", "int8")
+CHECKPOINTS = (
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
+TILE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned."""
+
+    sizes: Sizes
+    axes: dict[str, int]  # Of the mesh, and their sizes.
+    base: str
+    rank: int
+    batch: int  # Rows of tokens, on all devices together.
+    tokens: int  # In a row.
+    checkpoint: str
+    targets: tuple[str, ...]
+
+
+class Step(NamedTuple):
+    """A function of what trains, what does not, and a batch; and those, abstract.
+
+    It returns the loss and the gradients.
+    """
+
+    run: Any
+    params: PyTree
+    frozen: PyTree
+    batch: jax.ShapeDtypeStruct
+
+
+def step_of(job: Job, mesh: Any) -> Step:
+    """**Arguments:**
+
+    - `mesh`: one of devices, or an abstract one.
+
+    **Raises:** `ValueError` if an axis of the mesh does not divide what lies along it,
+    or a target is not there; `ImportError` without qwix, for a quantised base.
+    """
+    spec = batch_spec(job.axes)
+    on = lambda spec: NamedSharding(mesh, spec)
+    whole = {name: on(spec) for name, spec in gathered(job.axes).items()}
+    if job.checkpoint == "none":  # Or each layer's would be kept for the way back.
+        whole = {}
+    how = How(job.checkpoint, on(PartitionSpec(*spec, None)), (*whole.items(),))
+    is_quantised = job.base in ("nf4", "int4", "int8")
+    dtype = jnp.bfloat16 if is_quantised else jnp.dtype(job.base)
+    model = abstract_llama(job.sizes, how, dtype)
+    head = [] if job.sizes.tied else [("lm_head", "freeze")]
+    if is_quantised:
+        kind: Any = job.base
+        kept: Any = [eqx.nn.Linear, *head]
+        model = quantise(model, kind, targets=kept, tile=TILE)
+    model = shard(model, mesh, rules(job.axes, job.sizes.tied))
+    named = any("lm_head" in target for target in job.targets)
+    targets: Any = [*job.targets, *([] if named else head)]
+    model = loraify(model, job.rank, jr.key(0), targets=targets)
+    params, rest = partition(model)
+    frozen, static = eqx.partition(rest, lambda x: hasattr(x, "shape"))
+
+    def loss(params, frozen, tokens):
+        model = eqx.combine(params, frozen, static)
+        return quax.quaxify(loss_fn)(model, tokens)
+
+    batch = jax.ShapeDtypeStruct((job.batch, job.tokens), jnp.int32, sharding=on(spec))
+    return Step(jax.value_and_grad(loss), params, frozen, batch)
