@@ -58,7 +58,7 @@ def shard(
     has not, or one that does not divide the array.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shared = not everywhere.is_fully_addressable
+    shared = isinstance(mesh, Mesh) and not everywhere.is_fully_addressable
     with in_step("shard", shared) as said:
         specs = _specs(model, mesh, rules)
         if shared:
@@ -72,7 +72,7 @@ def shard(
     return jtu.tree_unflatten(treedef, laid)
 
 
-def _specs(model: PyTree, mesh: Mesh, rules) -> list[PartitionSpec]:
+def _specs(model: PyTree, mesh: Mesh | AbstractMesh, rules) -> list[PartitionSpec]:
     """Of each leaf, by the rules."""
     places = leaves_of(model)
     specs = [PartitionSpec()] * len(places)
