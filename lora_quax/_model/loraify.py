@@ -1,45 +1,31 @@
 """From a model to a model whose weights have low-rank updates."""
 
-import functools as ft
-import math
+import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .. import init
-from .._arrays.base import (
-    AbstractDelta,
-    AdaptedArray,
-    checked,
-    make,
-    replace,
-    with_base,
-)
+from .._arrays.base import AbstractDelta, checked, make, replace
 from .._arrays.check import (
-    aval_of,
     check_alpha,
     check_dropout,
-    check_factor_dtype,
     check_flag,
     check_key,
-    check_number,
     check_rank,
-    default_dtype,
 )
 from .._arrays.full import FullArray
 from .._arrays.lora import LoraArray, unsummed
 from .._arrays.low_rank import LowRankArray
 from .._forms.dora import DoRA
 from ..init import Initialiser
+from .draw import around, draw, is_embedding, Plan, plan_of
 from .habits import answers_peft
 from .paths import is_value, Leaf, named, words
 from .placed import beside_base
@@ -47,15 +33,6 @@ from .select import select, with_biases
 from .targets import Adapt, check_dora, Targets
 from .together import described, in_step, is_shared
 from .updates import read_update
-
-
-class _Plan(NamedTuple):
-    """All that the update of a weight depends on, but for the key."""
-
-    shape: tuple[int, ...]
-    update: Any  # as it was asked for
-    told: tuple[tuple[str, Any], ...]  # what its `init` is told
-    abstract: bool
 
 
 @answers_peft
@@ -163,7 +140,6 @@ def loraify(
         check_alpha(alpha, 1)
         stop_gradient = check_flag("stop_gradient", stop_gradient)
         allow_materialise = check_flag("allow_materialise", allow_materialise)
-        use_rslora = check_flag("use_rslora", use_rslora)
         if not isinstance(key, jax.ShapeDtypeStruct):
             check_key(key)
         defaults = Adapt(
@@ -175,24 +151,20 @@ def loraify(
             dtype,
             dropout=check_dropout(dropout),
             use_dora=check_dora(use_dora),
-            use_rslora=use_rslora,
+            use_rslora=check_flag("use_rslora", use_rslora),
         )
         _refuse_default(update, defaults)
         policy = dict(stop_gradient=stop_gradient, allow_materialise=allow_materialise)
         leaves, treedef = jax.tree.flatten(model, is_leaf=is_value)
         chosen = with_biases(select(model, targets), bias)
         plans = {
-            i: _plan(leaf, choice.spec, defaults, update, policy)
+            i: plan_of(leaf, choice.spec, defaults, update, policy)
             for i, (leaf, choice) in enumerate(chosen)
             if choice is not None and isinstance(choice.spec, Adapt)
         }
-        if isinstance(key, jax.ShapeDtypeStruct):
-            _refuse_concrete(chosen, plans)
-        folds = words([leaf.path for leaf, _ in chosen])
-        is_update = {i: read_update(plan.update).is_update for i, plan in plans.items()}
-        drawn = {i: plan for i, plan in plans.items() if is_update[i]}
-        deltas = _draw_all(drawn, folds, key, [leaf.path for leaf, _ in chosen])
-        deltas = _shared(plans, deltas, key)
+        paths = [leaf.path for leaf, _ in chosen]
+        folds = words(paths)
+        deltas = draw(plans, folds, key, paths)
         if shared:
             said |= _said(chosen, plans, deltas, defaults, key)
     if allow_materialise:  # A form's `init` need not know of it.
@@ -202,36 +174,61 @@ def loraify(
             continue
         _warn_of_wrapper(leaf)
         if choice.spec == "full":
-            abstract = isinstance(leaf.value, jax.ShapeDtypeStruct)
-            leaves[i] = (
-                make(FullArray, base=leaf.value, value=leaf.value)
-                if abstract
-                else FullArray(leaf.value)
-            )
+            leaves[i] = _in_full(leaf.value)
             continue
-        concrete = isinstance(leaf.value, np.ndarray)
-        base = jnp.asarray(leaf.value) if concrete else leaf.value
-        own = choice.spec.dropout
-        rate = defaults.dropout if own is None else own
-        if not is_update[i]:
-            if rate:
-                raise ValueError(_no_update(leaf, plans[i], "dropout", "dropout=0"))
-            if _use_dora(choice.spec, defaults):
-                raise ValueError(_no_update(leaf, plans[i], "DoRA", "use_dora=False"))
-            around = _around(base, plans[i], folds[i], key)
-            leaves[i] = beside_base(leaf.path, around, choice.spec.spec)
-            continue
-        lora = unsummed(
-            base,
-            deltas[i],
-            dropout=rate,
-            stop_gradient=stop_gradient,
-        )
-        if not isinstance(deltas[i], LowRankArray):
-            checked(lora)
-        out = _with_magnitude(lora, leaf, choice.spec, defaults)
-        leaves[i] = beside_base(leaf.path, out, choice.spec.spec)
+        spec = _completed(choice.spec, defaults)
+        if i in deltas:
+            out = _lora(leaf, deltas[i], spec, stop_gradient)
+        else:
+            _refuse_of_update(leaf, plans[i], spec)
+            out = around(_base(leaf), plans[i], folds[i], key)
+        leaves[i] = beside_base(leaf.path, out, spec.spec)
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _completed(spec: Adapt, defaults: Adapt) -> Adapt:
+    """A spec with the dropout and the DoRA of `loraify`, where it says neither."""
+    return dataclasses.replace(
+        spec,
+        dropout=defaults.dropout if spec.dropout is None else spec.dropout,
+        use_dora=defaults.use_dora if spec.use_dora is None else spec.use_dora,
+    )
+
+
+def _base(leaf: Leaf) -> Any:
+    concrete = isinstance(leaf.value, np.ndarray)
+    return jnp.asarray(leaf.value) if concrete else leaf.value
+
+
+def _in_full(value: Any) -> FullArray:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return make(FullArray, base=value, value=value)
+    return FullArray(value)
+
+
+def _lora(leaf: Leaf, delta: AbstractDelta, spec: Adapt, stop_gradient: bool) -> Any:
+    """A weight and its update, and a magnitude if there is to be one."""
+    lora = unsummed(
+        _base(leaf), delta, dropout=spec.dropout, stop_gradient=stop_gradient
+    )
+    if not isinstance(delta, LowRankArray):
+        checked(lora)
+    return _with_magnitude(lora, leaf, spec.use_dora)
+
+
+def _refuse_of_update(leaf: Leaf, plan: Plan, spec: Adapt) -> None:
+    """**Raises:** `ValueError` for what is of updates, beside a form that is none."""
+    of_updates = [
+        ("dropout", spec.dropout, "dropout=0"),
+        ("DoRA", spec.use_dora, "use_dora=False"),
+    ]
+    form = read_update(plan.update).cls.__name__
+    for what, given, way_out in of_updates:
+        if given:
+            raise ValueError(
+                f"{named(leaf.path)} cannot have {what}, which is for what is added to "
+                f"a weight, and {form} is not. Give `Adapt({way_out})` for it."
+            )
 
 
 def _said(chosen, plans, deltas, defaults: Adapt, key) -> dict[str, str]:
@@ -259,176 +256,14 @@ def _refuse_default(update: Any, defaults: Adapt) -> None:
     read_update(update).refuse(given)
 
 
-def _plan(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> _Plan:
-    """The spec of a weight, completed: its own, then loraify's, then the layer's."""
-    aval = aval_of(leaf.value)
-    update = update if spec.update is None else spec.update
-    form = read_update(update)
-    form.refuse(spec.of_update)
-    if not (form.is_update or policy["stop_gradient"] or "stop_gradient" in form.takes):
-        raise ValueError(f"The base of {form.cls.__name__} is always frozen.")
-    alpha = defaults.alpha if spec.alpha is None else spec.alpha
-    dtype = spec.dtype if spec.dtype is not None else defaults.dtype
-    rows, cols = leaf.axes
-    known: dict[str, Any] = dict(
-        init_a=_init_a(spec) or _init_a(defaults) or _layer_init_a(leaf),
-        init_b=spec.init_b or defaults.init_b or init.zeros,
-        dtype=default_dtype(aval) if dtype is None else check_factor_dtype(dtype),
-        rows=spec.rows or rows,
-        cols=spec.cols or cols,
-        **policy,
-    )
-    if "rank" in form.takes:
-        known["rank"] = check_rank(defaults.rank if spec.rank is None else spec.rank)
-    if "alpha" in form.takes:
-        known["alpha"] = check_alpha(alpha, known.get("rank", 1))
-    if defaults.use_rslora if spec.use_rslora is None else spec.use_rslora:
-        if not known.keys() >= {"rank", "alpha"}:
-            raise ValueError(
-                f"{named(leaf.path)} cannot be scaled by alpha / √rank: "
-                f"{form.cls.__name__} has not both. Give `Adapt(use_rslora=False)` for "
-                "it, or leave `use_rslora` out."
-            )
-        known["alpha"] *= math.sqrt(known["rank"])
-    inner = jax.tree.leaves(leaf.value)
-    return _Plan(
-        shape=tuple(aval.shape),
-        update=update,
-        told=tuple(form.told(known).items()),
-        abstract=any(isinstance(x, jax.ShapeDtypeStruct) for x in inner),
-    )
-
-
-def _use_dora(spec: Adapt, defaults: Adapt) -> Any:
-    return defaults.use_dora if spec.use_dora is None else spec.use_dora
-
-
-def _with_magnitude(lora: LoraArray, leaf: Leaf, spec: Adapt, defaults: Adapt) -> Any:
-    use = _use_dora(spec, defaults)
+def _with_magnitude(lora: LoraArray, leaf: Leaf, use: Any) -> Any:
     if use is True:
-        return DoRA(lora, per="columns" if _is_embedding(leaf) else "rows")
+        return DoRA(lora, per="columns" if is_embedding(leaf) else "rows")
     if not use:
         return lora
     out = use(lora)
     if not isinstance(out, DoRA):
         raise TypeError(f"`use_dora` must give a `DoRA`, and {use!r} gave {out!r:.80}.")
-    return out
-
-
-def _refuse_concrete(chosen, plans: dict[int, _Plan]) -> None:
-    concrete = [named(chosen[i][0].path) for i in plans if not plans[i].abstract]
-    if concrete:
-        raise TypeError(
-            "`key` is abstract, and the model is not: no factors can be drawn for "
-            f"{', '.join(concrete[:8])}. Give a key from `jax.random.key`."
-        )
-
-
-def _init_a(spec: Adapt) -> Initialiser | None:
-    if spec.scale is None:
-        return spec.init_a
-    return init.gaussian(check_number("scale", spec.scale))
-
-
-def _layer_init_a(leaf: Leaf) -> Initialiser:
-    return init.gaussian(1.0) if _is_embedding(leaf) else init.uniform
-
-
-def _is_embedding(leaf: Leaf) -> bool:
-    return leaf.layer is not None and isinstance(leaf.layer[1], eqx.nn.Embedding)
-
-
-def _draw_all(
-    plans: dict[int, _Plan], words, key, paths: list[str]
-) -> dict[int, AbstractDelta]:
-    """The updates of all weights, by number of the leaf, in one compiled call."""
-    out = {}
-    for abstract in (False, True):
-        groups: dict[_Plan, list[int]] = {}
-        for i, plan in plans.items():
-            if plan.abstract == abstract:
-                groups.setdefault(plan, []).append(i)
-        if groups:
-            stacked = [np.stack([words[i] for i in group]) for group in groups.values()]
-            draw = ft.partial(eqx.filter_eval_shape, _draw) if abstract else _draw_jit
-            try:
-                drawn = draw(tuple(groups), key, stacked)
-            except (TypeError, ValueError):
-                for plan, group in groups.items():
-                    _try_to_draw(plan, words[group[0]], key, paths[group[0]])
-                raise
-            for group, deltas in zip(groups.values(), drawn):
-                out.update(zip(group, deltas))
-    return out
-
-
-def _try_to_draw(plan: _Plan, word, key, path: str) -> None:
-    """**Raises:** what the form of an update has to say of a weight, with its name."""
-    try:
-        eqx.filter_eval_shape(_draw, (plan,), key, [word[None]])
-    except (TypeError, ValueError) as e:
-        if type(e) not in (TypeError, ValueError):
-            raise
-        raise type(e)(f"{named(path)}: {e}") from e
-
-
-def _draw(plans: tuple[_Plan, ...], key, words) -> list[list[AbstractDelta]]:
-    """For each plan, one update per row of words."""
-
-    def one(plan: _Plan, word):
-        form = read_update(plan.update)
-        told = form.told({**dict(plan.told), "key": _folded(key, word)})
-        return form.init(plan.shape, **told)
-
-    out = []
-    for plan, rows in zip(plans, words):
-        # A loop, so that a hundred like weights compile as fast as one does; and not a
-        # vmap, under which some of JAX's generators would draw other numbers.
-        stacked = lax.map(ft.partial(one, plan), jnp.asarray(rows))
-        out.append([jax.tree.map(lambda x: x[i], stacked) for i in range(len(rows))])
-    return out
-
-
-_draw_jit = eqx.filter_jit(_draw)
-
-
-def _folded(key, word):
-    for i in range(2):
-        key = jr.fold_in(key, word[i])
-    return key
-
-
-def _around(base: Any, plan: _Plan, word, key) -> AdaptedArray:
-    """What a form that is no update makes of a weight."""
-    form = read_update(plan.update)
-
-    def run(base, key):
-        told = form.told({**dict(plan.told), "key": _folded(key, word)})
-        return form.init(base, **told)
-
-    out = eqx.filter_eval_shape(run, base, key) if plan.abstract else run(base, key)
-    return checked(with_base(out, base))
-
-
-def _no_update(leaf: Leaf, plan: _Plan, what: str, way_out: str) -> str:
-    form = read_update(plan.update).cls.__name__
-    return (
-        f"{named(leaf.path)} cannot have {what}, which is for what is added to a "
-        f"weight, and {form} is not. Give `Adapt({way_out})` for it."
-    )
-
-
-def _shared(plans: dict[int, _Plan], updates: dict[int, AbstractDelta], key):
-    """Updates of forms that have parts in common, with these."""
-    groups: dict[Any, list[int]] = {}
-    for i in updates:
-        share = getattr(read_update(plans[i].update).cls, "share", None)
-        if share is not None:
-            groups.setdefault((share, plans[i].abstract), []).append(i)
-    out = dict(updates)
-    for (share, abstract), group in groups.items():
-        run = ft.partial(eqx.filter_eval_shape, share) if abstract else share
-        out.update(zip(group, run([updates[i] for i in group], key)))
     return out
 
 
