@@ -14,7 +14,7 @@ from benchmarks._compiled import product_flops, products
 from benchmarks._harness import check_agreement, measure
 from benchmarks._process import check_imports
 from benchmarks._work import Absent, Case, Claim, Measurement, Row
-from benchmarks.cases import all_cases
+from benchmarks.cases import all_cases, forms
 
 
 CASES = {case.name: case for case in all_cases(quick=True, torch=sys.executable)}
@@ -196,3 +196,17 @@ def test_results_are_of_the_cases_there_are():
     for name, result in found.items():
         claims = [dict(text=c.text, bound=c.bound) for c in cases[name].claims]
         assert result["claims"] == claims
+
+
+def test_the_page_of_forms_has_the_figures_measured():
+    page = (RESULTS.parents[1] / "docs/guide/forms.md").read_text()
+    claims = _results.claims(_results.read(RESULTS / "forms.json"))
+    found = {text: spread for text, _, spread in claims}
+    for form in forms.FORMS:
+        theirs = f"{forms.PEFT}{form}"
+        texts = f"{form} ÷ LoRA", f"{theirs} ÷ PEFT's LoRA", f"{form} ÷ {theirs}"
+        assert f"| {form} | {' | '.join(map(_said, map(found.get, texts)))} |" in page
+
+
+def _said(spread: Any) -> str:
+    return f"{spread.middle:.2f} ({spread})"
