@@ -59,6 +59,11 @@ def linears(sizes: Sizes) -> list[tuple[int, int]]:
     return [*attention, *[(sizes.hidden, width)] * 2, (width, sizes.hidden)]
 
 
+# What is planned may ask JAX for more devices, before it is started. Here it has eight,
+# which other tests in this process need as well.
+jax.devices()
+
+
 @pytest.fixture
 def config(tmp_path):
     path = tmp_path / "config.json"
