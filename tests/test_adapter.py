@@ -1075,6 +1075,29 @@ def test_forms_of_ones_own(tmp_path, capsys):
     assert "w.x" in shown and "w.signs" in shown and "w.weight.delta.a" in shown
 
 
+def _namesake(module):
+    """A class whose name another one, in another module, has as well."""
+
+    class Namesake(AbstractDelta):
+        __module__, __qualname__ = module, "Namesake"
+        x: Array = role("b")
+
+        def lower(self):
+            return LowRankArray(self.x, self.x)
+
+    return Namesake
+
+
+def test_forms_of_the_same_name(tmp_path):
+    base = {"w": jr.normal(jr.key(0), (3, 3))}
+    first, _ = (_namesake(module) for module in ("first", "second"))
+    model = {"w": LoraArray.from_parts(base["w"], first(jnp.ones((3, 3))))}
+    save_adapter(tmp_path / "x", model, base=base)
+    several = "'Namesake' is that of several classes, first.Namesake and second.Name"
+    with pytest.raises(AdapterError, match=several):
+        load_adapter(tmp_path / "x", base)
+
+
 def test_an_adapter_of_nothing(tmp_path):
     _, model, _ = models_of("mlp")
     save_adapter(tmp_path / "x", model)

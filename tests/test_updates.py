@@ -28,7 +28,7 @@ from lora_quax import (
 from lora_quax._arrays.base import replace
 
 
-class Last(AbstractDelta):
+class LastRow(AbstractDelta):
     """A form of a user's own: nothing but the last row trains."""
 
     above: int = eqx.field(static=True)
@@ -55,7 +55,7 @@ FORMS = {
     "ia3": (None, IA3),
     "ia3 of inputs": (None, ft.partial(IA3.init, feedforward=True)),
     "rows": (None, ft.partial(Rows.init, indices=[5, 0])),
-    "a user's own": (None, Last),
+    "a user's own": (None, LastRow),
 }
 CONVOLVES = ["loha", "lokr", "lokr, plain", "lokr, both", "vera", "ia3"]
 
@@ -303,21 +303,21 @@ def test_a_base_that_trains():
 def test_an_adapt_refuses_at_once():
     with pytest.raises(ValueError, match="`rank` is 2, and IA3 has none"):
         Adapt(rank=2, update=IA3)
-    with pytest.raises(ValueError, match="`rows` is 3, and Last has none"):
-        Adapt(rows=3, update=Last)
+    with pytest.raises(ValueError, match="`rows` is 3, and LastRow has none"):
+        Adapt(rows=3, update=LastRow)
     with pytest.raises(TypeError, match="`update` must be a form"):
         Adapt(update=3)
 
 
 def test_a_form_that_does_not_speak_of_dense_weights():
-    """`Last` neither takes the permission nor gives it to what it lowers to."""
+    """`LastRow` neither takes the permission nor gives it to what it lowers to."""
     programs = [jnp.sin, lambda w: jax.nn.relu(w.T), lambda w: jnp.exp(2 * w[1:])]
-    model = loraify(MODEL, None, jr.key(0), update=ft.partial(Last.init, start=0.5))
+    model = loraify(MODEL, None, jr.key(0), update=ft.partial(LastRow.init, start=0.5))
     allowed = loraify(
         MODEL,
         None,
         jr.key(0),
-        update=ft.partial(Last.init, start=0.5),
+        update=ft.partial(LastRow.init, start=0.5),
         allow_materialise=True,
     )
     dense = lora_quax.merge(model).weight
@@ -331,5 +331,5 @@ def test_a_form_that_does_not_speak_of_dense_weights():
 def test_axes_that_a_form_has_not_are_refused():
     """They would be batch without a word."""
     kernel, targets = {"kernel": jnp.zeros((3, 3, 4, 8))}, {"kernel": Adapt(rows=3)}
-    with pytest.raises(ValueError, match="`rows` is 3, and Last has none"):
-        loraify(kernel, None, jr.key(0), targets=targets, update=Last)
+    with pytest.raises(ValueError, match="`rows` is 3, and LastRow has none"):
+        loraify(kernel, None, jr.key(0), targets=targets, update=LastRow)

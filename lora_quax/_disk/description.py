@@ -138,13 +138,23 @@ def _too_deep() -> ValueError:
 
 
 def _class_of(form) -> type:
-    found = [cls for cls in _classes(AdaptedArray) if cls.form == form]
-    if found:
-        return found[-1]  # A cell of a notebook may have defined it several times.
-    raise ValueError(
-        f"its form {form!r:.40} is not known; if it is that of an array of your own, "
-        "import the module that defines it first"
-    )
+    # By the place of its definition: a cell of a notebook may have run several times.
+    found = {
+        f"{cls.__module__}.{cls.__qualname__}": cls
+        for cls in _classes(AdaptedArray)
+        if cls.form == form
+    }
+    if not found:
+        raise ValueError(
+            f"its form {form!r:.40} is not known; if it is that of an array of your "
+            "own, import the module that defines it first"
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"its form {form!r:.40} is that of several classes, {' and '.join(found)}; "
+            "give one of them another `form`, a class attribute"
+        )
+    return next(iter(found.values()))
 
 
 def _classes(cls: type) -> Iterator[Any]:
