@@ -29,7 +29,7 @@ from lora_quax import (
 )
 
 
-class Chosen(AbstractDelta):
+class OneOfSeveral(AbstractDelta):
     """One of several updates, by its number: an adapter for each user, say."""
 
     updates: LowRankArray  # (*batch, number, *rows, *cols)
@@ -136,7 +136,7 @@ def chosen(w: LoraArray) -> LoraArray:
     a, b = ((*y.shape[:n], number, *y.shape[n:]) for y in (w.a, w.b))
     index = jnp.arange(math.prod(w.a.shape[:n])).reshape(w.a.shape[:n]) + 1
     index = index.astype(jnp.int32) % number
-    return _with(w, Chosen, _factors(w.delta, a, b, 6.0), index)
+    return _with(w, OneOfSeveral, _factors(w.delta, a, b, 6.0), index)
 
 
 def ia3(w: LoraArray) -> IA3:
@@ -206,7 +206,7 @@ def _dense_rows(x: Rows, dense):
     return jnp.stack(out).reshape(*shape[0], *shape[1]) if out else zeros[None][:0]
 
 
-def _dense_chosen(x: Chosen, dense):
+def _dense_one_of_several(x: OneOfSeveral, dense):
     """The sum over all updates, of which one is taken once, and the others never."""
     w, n = dense(x.updates), x.index.ndim
     one_hot = jax.nn.one_hot(x.index, w.shape[n], dtype=w.dtype)
@@ -237,7 +237,7 @@ ORACLES = {
     LoHa: lambda x, dense: dense(x.w1) * dense(x.w2),
     LoKr: _dense_lokr,
     Rows: _dense_rows,
-    Chosen: _dense_chosen,
+    OneOfSeveral: _dense_one_of_several,
     IA3: lambda x, dense: (lax.stop_gradient(dense(x.base)) * x.scale).astype(x.dtype),
     ScaledRows: lambda x, dense: _rows_scaled(dense(x.w), x.scale),
     DoRA: _dense_dora,

@@ -18,7 +18,7 @@ import optax
 import pytest
 import quax
 from files import bits
-from forms import Chosen, FORMS, SCALED, ScaledRows
+from forms import OneOfSeveral, FORMS, SCALED, ScaledRows
 from helpers import (
     adapted,
     assert_close,
@@ -76,7 +76,7 @@ def of_form(model, form):
     )
 
 
-@pytest.mark.parametrize("form", [Chosen, ScaledRows])
+@pytest.mark.parametrize("form", [OneOfSeveral, ScaledRows])
 def test_a_form_is_a_few_lines(form):
     assert len(inspect.getsource(form).splitlines()) <= 30
 
@@ -458,7 +458,7 @@ def test_an_index_for_each_example():
     inputs, ids = x(6, 3), jnp.array([0, 3, 1, 1, 2, 0])
 
     def one(i, x, base, updates):
-        w = LoraArray.from_parts(base, Chosen(updates, i))
+        w = LoraArray.from_parts(base, OneOfSeveral(updates, i))
         return quax.quaxify(lambda w, x: jnp.tanh(w @ x))(w, x)
 
     def batch(base, updates, inputs):
