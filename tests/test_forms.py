@@ -18,7 +18,7 @@ import optax
 import pytest
 import quax
 from files import bits
-from forms import OneOfSeveral, FORMS, SCALED, ScaledRows
+from forms import FORMS, OneOfSeveral, SCALED, ScaledRows
 from helpers import (
     adapted,
     assert_close,
