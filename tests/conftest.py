@@ -61,6 +61,14 @@ def pytest_collection_modifyitems(items):
         items[i] = item
 
 
+@pytest.fixture(scope="session")
+def net():
+    """The model that adapters on the command line are of."""
+    from cli import Net
+
+    return Net(jax.random.key(0))
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):
