@@ -70,6 +70,15 @@ def net():
 
 
 @pytest.fixture
+def folder(tmp_path):
+    """The files that the least configuration of `finetune` names."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "train.jsonl").write_text('{"text": "abc"}\n')
+    return tmp_path
+
+
+@pytest.fixture
 def x64():
     with jax.enable_x64(True):
         yield
