@@ -1,5 +1,6 @@
 """The benchmark suite runs, and what README and its results say of it is so."""
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from benchmarks._harness import check_agreement, measure
 from benchmarks._process import check_imports
 from benchmarks._work import Absent, Case, Claim, Measurement, Row
 from benchmarks.cases import all_cases, forms
+from benchmarks.growth import laws, page
+from benchmarks.growth.programs import Cell, figures, FULL, LORA, QLORA
 
 
 CASES = {case.name: case for case in all_cases(quick=True, torch=sys.executable)}
@@ -192,6 +195,7 @@ def test_results_are_of_the_cases_there_are():
     """A case that was renamed, or a claim reworded, must be measured again."""
     cases = {case.name: case for case in all_cases(quick=False, torch=sys.executable)}
     found = {path.stem: _results.read(path) for path in RESULTS.glob("*.json")}
+    found.pop("growth")  # Which is of no case: nothing of it is timed.
     assert set(found) == set(cases)
     for name, result in found.items():
         claims = [dict(text=c.text, bound=c.bound) for c in cases[name].claims]
@@ -210,3 +214,42 @@ def test_the_page_of_forms_has_the_figures_measured():
 
 def _said(spread: Any) -> str:
     return f"{spread.middle:.2f} ({spread})"
+
+
+# How steps grow.
+
+PROGRAMS = _results.read(RESULTS / "growth.json")["programs"]
+FIGURES = [(*kind, name) for kind in laws.LAWS for name in laws.terms_of(*kind)]
+
+
+def test_the_page_of_sharding_has_what_was_fitted():
+    text = page.PAGE.read_text()
+    for table in page.tables(PROGRAMS).values():
+        assert table in text
+
+
+@pytest.mark.parametrize("step, split, name", FIGURES)
+def test_programs_follow_the_laws(step, split, name):
+    """Those of what is sent, and of arguments, have the coefficients on paper."""
+    found = [p for p in PROGRAMS if (p["step"], p["split"]) == (step, split)]
+    several = [p for p in found if p["devices"] > 1]
+    fitted = laws.fit(several, name, laws.terms_of(step, split)[name])
+    if name == "besides":
+        assert fitted.off < 0.1
+    else:
+        assert fitted.off < 0.002
+        paper = laws.LAWS[step, split][name]
+        assert fitted.coefficients == pytest.approx(paper, rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step, split", [(LORA, "dp"), (LORA, "tp"), (FULL, "fsdp"), (QLORA, "fsdp")]
+)
+def test_a_program_follows_them_again(step, split):
+    """One of other sizes than any that a law was fitted to."""
+    cell = Cell(step, split, devices=4, layers=3, width=768)
+    program = dataclasses.asdict(cell) | dataclasses.asdict(figures(cell))
+    for name, law in laws.LAWS[step, split].items():
+        wanted = sum(n * laws.TERMS[term](program) for term, n in law.items())
+        assert laws.figure(program, name) == pytest.approx(wanted, rel=0.005)

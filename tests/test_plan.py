@@ -15,7 +15,7 @@ import pytest
 
 from lora_quax.__main__ import main
 from lora_quax._cli.plan.compiled import compiled, Program
-from lora_quax._cli.plan.run import _mesh, on_paper, Plan, with_program
+from lora_quax._cli.plan.run import mesh_of, on_paper, Plan, with_program
 from lora_quax._cli.plan.sizes import Sizes
 from lora_quax._cli.plan.split import read_mesh
 from lora_quax._cli.plan.step import BASES, Job, step_of
@@ -228,7 +228,7 @@ def test_a_mesh_of_more_devices_than_jax_has_begun_with(config, capsys):
 
 def training_step(planned: Job):
     """A step with Adam, compiled: what is measured."""
-    mesh = _mesh(planned.axes)
+    mesh = mesh_of(planned.axes)
     step, optim = step_of(planned, mesh), optax.adam(1e-3)
 
     def run(params, state, frozen, batch):
@@ -305,7 +305,7 @@ def test_flops_of_a_compiled_step():
     """XLA counts what is in a loop once: here it turns once. It leaves out what the
     inputs of the only q, k and v would be sent back."""
     planned = job("tp=1", checkpoint="none", layers=1)
-    program = compiled(step_of(planned, mesh := _mesh(planned.axes)), mesh)
+    program = compiled(step_of(planned, mesh := mesh_of(planned.axes)), mesh)
     assert on_paper(planned).flops == pytest.approx(
         program.cost_analysis()["flops"], rel=0.1
     )

@@ -3,7 +3,6 @@ gradients as on one, and no more traffic than the dense model has."""
 
 import functools as ft
 import math
-import re
 from typing import Any
 
 import equinox as eqx
@@ -11,17 +10,15 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-import quax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import PartitionSpec as P
+from splits import adapted, bytes_of, laid_out, loss_of, RANK, step_of, traffic
 
 import lora_quax
-from lora_quax import loraify
 
 
 pytestmark = pytest.mark.slow
 LAYERS, WIDTH, HEADS, HIDDEN, WORDS = 2, 32, 4, 64, 48
 BATCH, TOKENS = 8, 16
-RANK = 4
 
 
 class Block(eqx.Module):
@@ -93,11 +90,7 @@ class Llama(eqx.Module):
 
 
 def loss_fn(model, tokens):
-    logits = jax.vmap(model)(tokens)[:, :-1].astype(jnp.float32)
-    picked = jnp.take_along_axis(
-        jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1
-    )
-    return -picked.mean()
+    return loss_of(jax.vmap(model)(tokens), tokens)
 
 
 TENSOR = {r".*\.(q|k|v|gate|up)": ("tp", "fsdp"), r".*\.(o|down)": ("fsdp", "tp")}
@@ -142,51 +135,21 @@ def rules(axes: dict[str, int], scanned: bool) -> dict[str, P]:
     return {**out, "embed": P(None, fsdp), "head": P(None, fsdp)}
 
 
-def batch_spec(axes: dict[str, int]) -> P:
-    rows = tuple(name for name in ("dp", "fsdp") if name in axes)
-    return P(rows or None, "sp" if "sp" in axes else None)
-
-
 def data():
     return jr.randint(jr.key(1), (BATCH, TOKENS), 0, WORDS)
-
-
-def step_of(model, tokens, is_lora: bool = True):
-    """A compiled step, and what it is called with."""
-    partition = (
-        lora_quax.partition if is_lora else lambda m: eqx.partition(m, eqx.is_array)
-    )
-    params, rest = partition(model)
-    arrays, static = eqx.partition(rest, eqx.is_array)
-
-    def loss(params, arrays, tokens):
-        return quax.quaxify(loss_fn)(eqx.combine(params, arrays, static), tokens)
-
-    run = jax.jit(jax.value_and_grad(loss))
-    return run.lower(params, arrays, tokens).compile(), (params, arrays, tokens)
 
 
 @ft.cache
 def alone(model: str, base: str):
     """The loss and the gradients on one device."""
     plain = BASES[base][0](Llama(*MODELS[model], key=jr.key(0)))
-    run, args = step_of(adapted(plain), data())
+    run, args = step_of(loss_fn, adapted(plain), data())
     return jax.device_get(run(*args))
-
-
-def adapted(plain):
-    init_b = jax.nn.initializers.normal(0.1)
-    targets = [eqx.nn.Linear, eqx.nn.Embedding]
-    return loraify(plain, RANK, jr.key(2), targets=targets, init_b=init_b)
 
 
 def split(plain, name: str, model: str):
     axes = SPLITS[name]
-    devices = jax.devices()[: math.prod(axes.values())]
-    types = (AxisType.Auto,) * len(axes)
-    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), types, devices=devices)
-    tokens = jax.device_put(data(), NamedSharding(mesh, batch_spec(axes)))
-    return lora_quax.shard(plain, mesh, rules(axes, MODELS[model][0])), tokens
+    return laid_out(plain, data(), axes, rules(axes, MODELS[model][0]))
 
 
 CELLS = [
@@ -204,33 +167,10 @@ def test_a_split_model_is_the_same(name, model, base):
     make_base, tolerance = BASES[base]
     plain = make_base(Llama(*MODELS[model], key=jr.key(0)))
     on_mesh, tokens = split(plain, name, model)
-    run, args = step_of(adapted(on_mesh), tokens)
+    run, args = step_of(loss_fn, adapted(on_mesh), tokens)
     got, wanted = jax.device_get(run(*args)), alone(model, base)
     for x, y in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         assert abs(x - y).max() <= tolerance * max(1.0, abs(y).max())
-
-
-_COLLECTIVE = re.compile(
-    r"= (?P<types>\(.*?\)|\S+) "
-    r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
-)
-
-
-def traffic(compiled) -> dict[str, int]:
-    """The bytes that collectives of each kind give, in a program without loops."""
-    out: dict[str, int] = {}
-    for types, kind in _COLLECTIVE.findall(compiled.as_text()):
-        for dtype, sizes in re.findall(r"\b([a-z]\w+)\[([\d,]*)\]", types):
-            width = 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
-            n = math.prod(int(size) for size in sizes.split(",") if size)
-            out[kind] = out.get(kind, 0) + n * width
-    return out
-
-
-def bytes_of(tree, sharded: bool = False) -> int:
-    """Of all its arrays, or of what one device has of them."""
-    shape = lambda x: x.sharding.shard_shape(x.shape) if sharded else x.shape
-    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -238,8 +178,8 @@ def test_traffic_and_memory(name):
     plain = Llama(*MODELS["list"], key=jr.key(0))
     on_mesh, tokens = split(plain, name, "list")
     model = adapted(on_mesh)
-    run, args = step_of(model, tokens)
-    dense, _ = step_of(on_mesh, tokens, is_lora=False)
+    run, args = step_of(loss_fn, model, tokens)
+    dense, _ = step_of(loss_fn, on_mesh, tokens, is_lora=False)
     ours, theirs = traffic(run), traffic(dense)
     # No more is gathered than a step of the dense model gathers, nor more sent in all,
     # but for activations of the rank: of each weight one forward and one backward.

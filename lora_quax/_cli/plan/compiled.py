@@ -24,13 +24,17 @@ _COLLECTIVE = re.compile(
 )
 
 
-def compiled(step: Step, mesh: Any) -> Any:
-    """The program of a step, its gradients laid out as the factors are."""
+def compiled(step: Step, mesh: Any, donated: bool = False) -> Any:
+    """The program of a step, its gradients laid out as the factors are.
+
+    **Arguments:**
+
+    - `donated`: whether what trains is given away, for what comes out.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, step.params)
     out = NamedSharding(mesh, PartitionSpec()), shardings
-    lowered = jax.jit(step.run, out_shardings=out).lower(
-        step.params, step.frozen, step.batch
-    )
+    run = jax.jit(step.run, out_shardings=out, donate_argnums=(0,) if donated else ())
+    lowered = run.lower(step.params, step.frozen, step.batch)
     is_cpu = mesh.devices.flat[0].platform == "cpu"
     return lowered.compile(compiler_options=_OPTIONS if is_cpu else None)
 

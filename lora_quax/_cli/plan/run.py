@@ -109,7 +109,7 @@ def with_program(job: Job) -> Plan:
 
     **Raises:** `ValueError` if there are too few devices; as `step_of`.
     """
-    mesh = _mesh(job.axes)  # First: with what comes next JAX begins.
+    mesh = mesh_of(job.axes)  # First: with what comes next JAX begins.
     paper = on_paper(job)
     executable = compiled(step_of(job, mesh), mesh)
     program = Program(executable.as_text())
@@ -125,7 +125,7 @@ def with_program(job: Job) -> Plan:
     )
 
 
-def _mesh(axes: dict[str, int]) -> Mesh:
+def mesh_of(axes: dict[str, int]) -> Mesh:
     """Of this machine's devices, or else of CPU devices that are not there: a program
     is compiled for them, and never run."""
     n = math.prod(axes.values())

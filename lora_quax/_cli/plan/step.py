@@ -15,7 +15,7 @@ from ..._model.loraify import loraify
 from ..._model.quantise import quantise
 from ..._model.shard import shard
 from ..._model.training import partition
-from .llama import abstract_llama, How, loss_fn
+from .llama import abstract_llama, How, Llama, loss_fn
 from .sizes import Sizes
 from .split import batch_spec, gathered, rules
 
@@ -57,6 +57,33 @@ class Step(NamedTuple):
     batch: jax.ShapeDtypeStruct
 
 
+def llama_of(job: Job, mesh: Any) -> Llama:
+    """The model without an adapter, quantised if that is asked, and laid out.
+
+    **Raises:** as `step_of`.
+    """
+    whole = {
+        name: NamedSharding(mesh, spec) for name, spec in gathered(job.axes).items()
+    }
+    if job.checkpoint == "none":  # Or each layer's would be kept for the way back.
+        whole = {}
+    rows = NamedSharding(mesh, PartitionSpec(*batch_spec(job.axes), None))
+    how = How(job.checkpoint, rows, (*whole.items(),))
+    is_quantised = job.base in ("nf4", "int4", "int8")
+    dtype = jnp.bfloat16 if is_quantised else jnp.dtype(job.base)
+    model = abstract_llama(job.sizes, how, dtype)
+    if is_quantised:
+        kind: Any = job.base
+        kept: Any = [eqx.nn.Linear, *_head(job)]
+        model = quantise(model, kind, targets=kept, tile=TILE)
+    return shard(model, mesh, rules(job.axes, job.sizes.tied))
+
+
+def _head(job: Job) -> list[tuple[str, str]]:
+    """Which is neither quantised nor, if nobody asks for it, adapted."""
+    return [] if job.sizes.tied else [("lm_head", "freeze")]
+
+
 def step_of(job: Job, mesh: Any) -> Step:
     """**Arguments:**
 
@@ -65,30 +92,20 @@ def step_of(job: Job, mesh: Any) -> Step:
     **Raises:** `ValueError` if an axis of the mesh does not divide what lies along it,
     or a target is not there; `ImportError` without qwix, for a quantised base.
     """
-    spec = batch_spec(job.axes)
-    on = lambda spec: NamedSharding(mesh, spec)
-    whole = {name: on(spec) for name, spec in gathered(job.axes).items()}
-    if job.checkpoint == "none":  # Or each layer's would be kept for the way back.
-        whole = {}
-    how = How(job.checkpoint, on(PartitionSpec(*spec, None)), (*whole.items(),))
-    is_quantised = job.base in ("nf4", "int4", "int8")
-    dtype = jnp.bfloat16 if is_quantised else jnp.dtype(job.base)
-    model = abstract_llama(job.sizes, how, dtype)
-    head = [] if job.sizes.tied else [("lm_head", "freeze")]
-    if is_quantised:
-        kind: Any = job.base
-        kept: Any = [eqx.nn.Linear, *head]
-        model = quantise(model, kind, targets=kept, tile=TILE)
-    model = shard(model, mesh, rules(job.axes, job.sizes.tied))
     named = any("lm_head" in target for target in job.targets)
-    targets: Any = [*job.targets, *([] if named else head)]
-    model = loraify(model, job.rank, jr.key(0), targets=targets)
-    params, rest = partition(model)
+    targets: Any = [*job.targets, *([] if named else _head(job))]
+    model = loraify(llama_of(job, mesh), job.rank, jr.key(0), targets=targets)
+    return step_between(*partition(model), job, mesh)
+
+
+def step_between(params: PyTree, rest: PyTree, job: Job, mesh: Any) -> Step:
+    """The step that trains one part of a model, and leaves the rest as it is."""
     frozen, static = eqx.partition(rest, lambda x: hasattr(x, "shape"))
 
     def loss(params, frozen, tokens):
         model = eqx.combine(params, frozen, static)
         return quax.quaxify(loss_fn)(model, tokens)
 
-    batch = jax.ShapeDtypeStruct((job.batch, job.tokens), jnp.int32, sharding=on(spec))
+    rows = NamedSharding(mesh, batch_spec(job.axes))
+    batch = jax.ShapeDtypeStruct((job.batch, job.tokens), jnp.int32, sharding=rows)
     return Step(jax.value_and_grad(loss), params, frozen, batch)
