@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
+import quax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import PyTree
 
 from .._arrays.base import base_of, is_adapted, with_base
 from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
-from .._rules.leaves import leaf_specs
+from .._rules.leaves import leaf_shardings, leaf_specs
 from .paths import dotted, named
 from .together import is_shared
 
@@ -23,8 +24,8 @@ def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
     """An adapted weight, what trains of it laid out as its base is.
 
     Of the axes of a weight `b` has the rows and `a` the columns; the rank is on every
-    device, and so is what has no axis in common with the weight. What is not on a mesh
-    stays where it is.
+    device, and so is what has no axis in common with the weight. Beside a base that was
+    put on a single device everything is on that one.
 
     **Arguments:**
 
@@ -34,10 +35,10 @@ def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
     **Raises:** `ValueError` if `spec` is none of this weight or its mesh.
     """
     base = base_of(w)
-    sharding = _sharding_of(base)
-    if sharding is None:
+    sharding = sharding_of_weight(base)
+    if not isinstance(sharding, NamedSharding):
         if spec is None:
-            return w
+            return with_base(all_on(with_base(w, None), sharding), base)
         raise ValueError(
             f"{named(where)} lies on no mesh, and what trains of it is to lie as "
             f"{spec}. Put the weight on the mesh first, or leave `spec` out."
@@ -59,8 +60,7 @@ def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
         return put(x, _spec_of_leaf(x.shape, shape, entries))
 
     def put(x, spec: PartitionSpec):
-        to = NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
-        return jax.reshard(x, to) if isinstance(x, Tracer) else put_on(x, to)
+        return put_on(x, NamedSharding(mesh, spec, memory_kind=sharding.memory_kind))
 
     bare = with_base(w, None)
     placed = jtu.tree_map(place, bare, is_leaf=lambda x: isinstance(x, LowRankArray))
@@ -81,11 +81,30 @@ def has_base(x: Any) -> bool:
     return is_adapted(x) and base_of(x) is not None
 
 
-def put_on(x: Any, sharding: NamedSharding) -> Any:
+def laid_as(tree: PyTree, like: PyTree) -> PyTree:
+    """A tree, each of its arrays where that of another is, one for one."""
+    leaves, treedef = jtu.tree_flatten(tree)
+    pairs = zip(leaves, jtu.tree_leaves(like), strict=True)
+    placed = [all_on(x, sharding_of(other)) for x, other in pairs]
+    return jtu.tree_unflatten(treedef, placed)
+
+
+def all_on(tree: PyTree, sharding: Sharding | None) -> PyTree:
+    return (
+        tree if sharding is None else jtu.tree_map(lambda x: put_on(x, sharding), tree)
+    )
+
+
+def put_on(x: Any, sharding: Sharding) -> Any:
     """An array, or a stand-in for one, laid out so."""
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    if sharding.is_fully_addressable or is_shared(x) or isinstance(x, Tracer):
+    if isinstance(x, Tracer) and isinstance(sharding, NamedSharding):
+        # `device_put` would move nothing here.
+        is_explicit = _is_explicit(sharding)
+        place = jax.reshard if is_explicit else jax.lax.with_sharding_constraint
+        return place(x, sharding)
+    if sharding.is_fully_addressable or is_shared(x):
         return jax.device_put(x, sharding)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = put_on(jax.random.key_data(x), sharding)
@@ -96,16 +115,45 @@ def put_on(x: Any, sharding: NamedSharding) -> Any:
     return jax.make_array_from_callback(host.shape, sharding, lambda at: host[at])
 
 
-def _sharding_of(base: Any) -> NamedSharding | None:
-    """How a weight is sharded, if it is on a mesh; a quantised one as its codes are."""
+def sharding_of_weight(base: Any) -> Sharding | None:
+    """As `sharding_of`; a quantised weight lies as its codes do."""
     n_axes = len(aval_of(base).shape)
     leaves = jax.tree.leaves(base)
-    leaf = next((x for x in leaves if len(x.shape) == n_axes), None)
-    if isinstance(leaf, Tracer):  # On a mesh that is not explicit, nothing is known.
-        sharding: Any = jax.typeof(leaf).sharding
-        return None if sharding.mesh.empty or not any(sharding.spec) else sharding
-    sharding = getattr(leaf, "sharding", None)
-    return sharding if isinstance(sharding, NamedSharding) else None
+    return sharding_of(next((x for x in leaves if len(x.shape) == n_axes), None))
+
+
+def sharding_of(x: Any) -> Sharding | None:
+    """Where an array was put, or a stand-in for one is to be; nothing, if nobody said,
+    or it is traced on a mesh that is not explicit."""
+    if isinstance(x, Tracer):
+        sharding = jax.typeof(x).sharding
+        return sharding if _is_explicit(sharding) else None
+    is_put = getattr(x, "committed", True)
+    return getattr(x, "sharding", None) if is_put else None
+
+
+def _is_explicit(sharding: Any) -> bool:
+    is_on_mesh = isinstance(sharding, NamedSharding)
+    return is_on_mesh and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def laid_out(where: str, x: Any, sharding: Sharding | None) -> Any:
+    """An array, or a value as the array that it stands for, laid out so.
+
+    **Arguments:**
+
+    - `where`: the array, for a message.
+
+    **Raises:** `ValueError` if a part of a value has too few numbers for that.
+    """
+    if not (isinstance(x, quax.Value) and isinstance(sharding, NamedSharding)):
+        return all_on(x, sharding)
+    leaves, treedef = jtu.tree_flatten(x)
+    shardings = leaf_shardings(x, sharding)
+    for leaf, of_leaf in zip(leaves, shardings):  # Such as the scales of its tiles.
+        what = f"A part of {where}, which is a {type(x).__name__}"
+        check_spec(what, of_leaf.spec, leaf.shape, sharding.mesh)
+    return jtu.tree_unflatten(treedef, map(put_on, leaves, shardings))
 
 
 def _spec_of_leaf(shape, of_weight, entries) -> PartitionSpec:
