@@ -16,7 +16,7 @@ from .._arrays.base import base_of, is_adapted, with_base
 from .._arrays.check import aval_of
 from .._arrays.low_rank import LowRankArray
 from .._rules.leaves import leaf_shardings, leaf_specs
-from .paths import dotted, named
+from .paths import dotted, is_value, named
 from .together import is_shared
 
 
@@ -67,11 +67,20 @@ def beside_base(where: str, w: Any, spec: PartitionSpec | None) -> Any:
     return with_base(placed, base)
 
 
-def all_beside_bases(model: PyTree) -> PyTree:
-    """A model of which what trains lies where its bases do."""
-    leaves, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_adapted)
+def all_beside_bases(model: PyTree, before: PyTree = None) -> PyTree:
+    """A model of which what trains lies where its bases do; or where it lay before, if
+    the model was adapted in the same way."""
+    found, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_value)
+    old = jtu.tree_leaves(before, is_leaf=is_value) or [None] * len(found)
+
+    def place(where: str, x: Any, like: Any) -> Any:
+        if jtu.tree_structure(x) == jtu.tree_structure(like):
+            return laid_as(x, like)
+        return beside_base(where, x, None)
+
     placed = [
-        beside_base(dotted(path), x, None) if has_base(x) else x for path, x in leaves
+        place(dotted(path), x, like) if has_base(x) else x
+        for (path, x), like in zip(found, old, strict=True)
     ]
     return jtu.tree_unflatten(treedef, placed)
 
