@@ -376,13 +376,34 @@ WRONG_RULES = [
     ({"layer.0": P("fsdp")}, r"'layer\.0' means no array\. Near it are"),
     ({"weight": P("sp")}, r"`layers\.0\.weight`, meant by.*no axis 'sp'"),
     ({"bias": P("fsdp", "tp")}, r"`layers\.0\.bias`.*it has 1 axes"),
+    ({eqx.nn.Linear: P("fsdp")}, r"A rule is for a name .*, got <class '.*Linear'>"),
+    ({"bias": ("fsdp",)}, r"'bias' must say a `.*PartitionSpec`, got \('fsdp',\)"),
 ]
 
 
 @pytest.mark.parametrize("rules, match", WRONG_RULES)
 def test_rules_that_do_not_fit(rules, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         lora_quax.shard(mlp(), mesh_of(), rules)
+
+
+def test_an_abstract_mesh_is_for_abstract_models():
+    mesh, rules = mesh_of().abstract_mesh, {"weight": P("fsdp", "tp")}
+    laid = lora_quax.shard(eqx.filter_eval_shape(mlp), mesh, rules)
+    assert laid.layers[0].weight.sharding == NamedSharding(mesh, P("fsdp", "tp"))
+    with pytest.raises(
+        TypeError, match=r"is abstract, and `layers\.0\.weight` is"
+    ):
+        lora_quax.shard(mlp(), mesh, rules)
+
+
+def test_what_is_tied_stays_one_array():
+    w, other = jnp.ones((8, 4)), jnp.ones((8, 4))
+    rules = {"(in|out)": P("fsdp")}
+    laid = lora_quax.shard({"in": w, "out": w, "other": other}, mesh_of(), rules)
+    assert laid["in"] is laid["out"]
+    laid = lora_quax.shard({"in": w, "out": w}, mesh_of(), {"in": P("fsdp")})
+    assert [laid[name].sharding.spec for name in ("in", "out")] == [P("fsdp"), P()]
 
 
 def test_an_update_that_is_a_weight_is_laid_out():
@@ -406,6 +427,11 @@ def test_adapters_are_loaded_to_where_bases_lie(kind, tmp_path):
         assert w.a.sharding.spec == P(None, "tp")
         assert w.b.sharding.spec == P("fsdp", None)
         assert eqx.tree_equal(jax.device_get(loaded), jax.device_get(adapted))
+        # Onto one that is adapted already, to where its factors lie.
+        targets = {eqx.nn.Linear: Adapt(spec=WHOLE)}
+        there = loraify(on_mesh, 2, jr.key(2), targets=targets)
+        w = lora_quax.load_adapter(tmp_path / "a.safetensors", there).layers[0].weight
+        assert w.a.sharding.is_fully_replicated and w.b.sharding.is_fully_replicated
         # It is written as off the mesh, with the fingerprint of the same base.
         lora_quax.save_adapter(tmp_path / "b.safetensors", loaded)
         written = [tmp_path / f"{name}.safetensors" for name in "ab"]
