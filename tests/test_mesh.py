@@ -391,9 +391,7 @@ def test_an_abstract_mesh_is_for_abstract_models():
     mesh, rules = mesh_of().abstract_mesh, {"weight": P("fsdp", "tp")}
     laid = lora_quax.shard(eqx.filter_eval_shape(mlp), mesh, rules)
     assert laid.layers[0].weight.sharding == NamedSharding(mesh, P("fsdp", "tp"))
-    with pytest.raises(
-        TypeError, match=r"is abstract, and `layers\.0\.weight` is"
-    ):
+    with pytest.raises(TypeError, match=r"is abstract, and `layers\.0\.weight` is"):
         lora_quax.shard(mlp(), mesh, rules)
 
 
