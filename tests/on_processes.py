@@ -87,6 +87,12 @@ def wrong(i: int, folder: Path, model, adapted, mesh) -> dict[str, Any]:
         "other rules": lambda: lora_quax.shard(
             plain(), mesh, {"weight": P("d") if i else P()}
         ),
+        "rules in another order": lambda: lora_quax.shard(
+            plain(), mesh, dict(list({".*": P(), **RULES}.items())[:: 1 if i else -1])
+        ),
+        "another mesh": lambda: lora_quax.shard(
+            plain(), mesh_of(jax.devices()[:: 1 if i else -1]), RULES
+        ),
         "rules wrong on one": lambda: lora_quax.shard(
             plain(), mesh, {"weight": P("d") if i else P("e")}
         ),

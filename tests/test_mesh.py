@@ -142,6 +142,8 @@ def test_a_quantised_base():
     match = r"part of `layers\.0\.weight`.*QuantisedArray.*4 parts do not divide 2"
     with pytest.raises(ValueError, match=match):
         lora_quax.shard(model, mesh, {"layers.0": P(None, "fsdp")})
+    with pytest.raises(ValueError, match=match):
+        lora_quax.quantise(sharded(mlp(), mesh, P(None, "fsdp")), "int8", tile=8)
 
 
 _AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))

@@ -101,6 +101,8 @@ ERRORS = {
     "wrong on one": _failed("loraify", "ValueError: `rank`"),
     "another model": _disagree("shard", rf"{_WEIGHT} float32\[32,8\] with the digest"),
     "other rules": _disagree("shard", r"`rule 'weight'`: on process 0 P.*, on proc"),
+    "rules in another order": _disagree("shard", r"the order of the rules`: on proc"),
+    "another mesh": _disagree("shard", r"`mesh`: .* in the order \[.*\], on proc"),
     "rules wrong on one": _failed("shard", "ValueError: `layers.*no axis 'e'"),
     "another file": _disagree("load_adapter", r"`the file\.layers\.0.*: on process 0"),
     "no file on one": _failed("load_adapter", "FileNotFoundError: .*none", 1),

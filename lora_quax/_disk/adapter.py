@@ -180,7 +180,7 @@ def load_adapter(
             said |= described({"the file": adapter.tensors | adapter.state})
             about = [adapter.weights, adapter.base, adapter.ties]
             about = json.dumps(about, sort_keys=True).encode()
-            said |= {"the description": digest(about)}
+            said |= {"the description": digest(about), "same_base": str(same_base)}
     check_base(path, adapter.base, model, same_base)
     params = jtu.tree_map_with_path(
         lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params

@@ -72,10 +72,12 @@ def save_model(
     cannot be written. What was there is still there then.
     """
     path = Path(path)
-    if not max_shard_size > 0:
-        raise ValueError(f"`max_shard_size` must be positive, got {max_shard_size!r}.")
     shared = is_shared(model)
     with in_step("save_model", shared) as said:
+        if not max_shard_size > 0:
+            raise ValueError(
+                f"`max_shard_size` must be positive, got {max_shard_size!r}."
+            )
         places = places_of(model, names)
         wanted = _float_type(dtype)
         if shared:

@@ -30,8 +30,8 @@ from .given import (
     refuse_base,
     refuse_unknown,
 )
+from .lay import laid_as
 from .paths import is_abstract
-from .placed import laid_as
 from .shares import shares
 
 

@@ -11,8 +11,8 @@ from .._arrays.low_rank import LowRankArray
 from .each import on_each
 from .given import refuse_base
 from .initialise import less_update, update_of
+from .lay import laid_as
 from .paths import is_abstract
-from .placed import laid_as
 from .quantise import check_codec, Kind, quantised
 
 

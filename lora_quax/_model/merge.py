@@ -26,8 +26,8 @@ from .._arrays.base import (
 from .._arrays.check import wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.scaled import ScaledArray, times
+from .lay import all_on, laid_as, sharding_of_weight
 from .paths import dotted, is_abstract, join, named
-from .placed import all_on, laid_as, sharding_of_weight
 
 
 def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) -> PyTree:

@@ -12,8 +12,8 @@ from jaxtyping import PyTree
 
 from .._arrays.check import aval_of, check_count
 from .._arrays.quantised import QuantisedArray
+from .lay import all_on, laid_out, sharding_of
 from .paths import is_abstract, is_value, named
-from .placed import all_on, laid_out, sharding_of
 from .select import select
 from .targets import Adapt, Targets
 

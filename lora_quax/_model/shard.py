@@ -10,11 +10,12 @@ from jaxtyping import PyTree
 
 from .._arrays.base import base_of, with_base
 from .._arrays.check import aval_of
+from .lay import check_spec, laid_out
 from .paths import is_abstract, is_array, is_value, join, Leaf, leaves_of, named
-from .placed import beside_base, check_spec, has_base, laid_out
+from .placed import beside_base, has_base
 from .select import nearest
 from .targets import read_pattern
-from .together import described, in_step, is_on_all
+from .together import described, in_step, is_on_all, said_of
 
 
 def shard(model: PyTree, mesh: Mesh | AbstractMesh, rules: Mapping[Any, Any]) -> PyTree:
@@ -62,8 +63,9 @@ def shard(model: PyTree, mesh: Mesh | AbstractMesh, rules: Mapping[Any, Any]) ->
         if not isinstance(mesh, Mesh):
             _refuse_concrete(model)
         if shared:
-            said |= described(model) | {"mesh": str(mesh)}
+            said |= described(model) | {"mesh": f"{mesh}, {said_of(mesh)}"}
             said |= {f"rule {target!r}": str(spec) for target, spec in rules.items()}
+            said |= {"the order of the rules": str([*rules])}
     leaves, treedef = jtu.tree_flatten(model, is_leaf=is_value)
     done: dict[tuple, Any] = {}
 

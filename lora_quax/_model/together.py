@@ -7,6 +7,7 @@ about to do.
 """
 
 import contextlib
+import functools as ft
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Sharding
+from jax.sharding import AbstractMesh, Mesh, Sharding
 from jaxtyping import PyTree
 
 from .paths import dotted
@@ -76,12 +77,23 @@ def _described(x: Any) -> str:
     out = f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-        out += f" split as {sharding.spec} on {dict(sharding.mesh.shape)}"
+        out += f" split as {sharding.spec} on {said_of(sharding.mesh)}"
     if isinstance(x, jax.ShapeDtypeStruct) or is_shared(x):
         return out
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return f"{out} with the digest {digest(np.asarray(x).tobytes())}"
+
+
+@ft.cache
+def said_of(mesh: Mesh | AbstractMesh) -> str:
+    """The axes of a mesh, and its devices, if they are in an order of their own."""
+    out = str(dict(mesh.shape))
+    ids = [d.id for d in mesh.devices.flat] if isinstance(mesh, Mesh) else []
+    if ids == sorted(ids):
+        return out
+    order = f"{ids}" if len(ids) <= _LINES else digest(str(ids).encode())
+    return f"{out} of devices in the order {order}"
 
 
 def digest(x: bytes) -> str:
