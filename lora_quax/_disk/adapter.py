@@ -117,7 +117,9 @@ def save_adapter(
     with in_step("save_adapter", shared) as said:
         check_state(model, state)
         if shared:
-            said |= described(model) | described({"the state": state})
+            said |= described(model)
+            said |= described({"the state": state, "the base": base})
+            said |= {"check_finite": str(check_finite)}
     if base is not None:
         refuse_changed(model, base)
     adapter = extract(model, state)
@@ -178,12 +180,12 @@ def load_adapter(
             said |= described({"the file": adapter.tensors | adapter.state})
             about = [adapter.weights, adapter.base, adapter.ties]
             about = json.dumps(about, sort_keys=True).encode()
-            said |= {"the description": digest(about)}
+            said |= {"the description": digest(about), "same_base": str(same_base)}
     check_base(path, adapter.base, model, same_base)
     params = jtu.tree_map_with_path(
         lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
     )
-    model = all_beside_bases(eqx.combine(params, rest))
+    model = all_beside_bases(eqx.combine(params, rest), model)
     if state is None:
         return model
     new = [jnp.asarray(adapter.state[name]) for name in called]

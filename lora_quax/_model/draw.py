@@ -26,7 +26,7 @@ from .._arrays.check import (
     default_dtype,
 )
 from ..init import Initialiser
-from .paths import Leaf, named
+from .paths import is_abstract, Leaf, named
 from .targets import Adapt
 from .updates import read_update
 
@@ -75,12 +75,11 @@ def plan_of(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> Pl
                 "it, or leave `use_rslora` out."
             )
         known["alpha"] *= math.sqrt(known["rank"])
-    inner = jax.tree.leaves(leaf.value)
     return Plan(
         shape=tuple(aval.shape),
         update=update,
         told=tuple(form.told(known).items()),
-        abstract=any(isinstance(x, jax.ShapeDtypeStruct) for x in inner),
+        abstract=is_abstract(leaf.value),
     )
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import quax
 from jax.core import Tracer
 
@@ -58,7 +57,7 @@ def check_moments(where: str, w: LoraArray, found: Any) -> None:
             f"`input_moments` of this model gives; got {found!r:.80}."
         )
     _check_finite("moments", where, found)
-    if _is_known(found) and not np.any(np.asarray(found.count)):
+    if _is_known(found) and not bool(jnp.any(found.count)):
         raise ValueError(
             f"`moments` has no vector for {where}: no data were multiplied with it on "
             "the side of its columns, or what it computes does not reach the outputs "

@@ -30,6 +30,8 @@ from .given import (
     refuse_base,
     refuse_unknown,
 )
+from .lay import laid_as
+from .paths import is_abstract
 from .shares import shares
 
 
@@ -167,9 +169,10 @@ def initialise(
         if not rank:
             return w.base
         own_key = None if key is None else jr.fold_in(key, word[0])
-        run = _abstract_initialised if _is_abstract((w, own)) else _initialised
+        run = _abstract_initialised if is_abstract((w, own)) else _initialised
         delta, base = run(w, own, own_key, method, rank)
-        return replace(w, base=w.base if base is None else base, delta=delta)
+        base = w.base if base is None else laid_as(base, w.base)
+        return replace(w, base=base, delta=laid_as(delta, w.delta))
 
     return on_each(model, change, data)
 
@@ -216,7 +219,7 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
 def less_update(base, delta: LowRankArray):
     wide = wider(base.dtype, jnp.float32)
     update = delta.product().astype(wide)
-    return (base.astype(wide) - _placed(update, base)).astype(base.dtype)
+    return (base.astype(wide) - laid_as(update, base)).astype(base.dtype)
 
 
 # On a mesh with explicit axes decompositions are of whole matrices alone.
@@ -229,12 +232,6 @@ def _whole(x):
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
-def _placed(x, like):
-    sharding = jax.typeof(like).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.reshard(x, sharding) if explicit else x
-
-
 def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
     """The update, and the base if it is another one."""
     delta = update_of(w, dense(w.base), data, key, method, rank)
@@ -243,7 +240,3 @@ def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
 
 _initialised = eqx.filter_jit(_initialise)
 _abstract_initialised = ft.partial(eqx.filter_eval_shape, _initialise)
-
-
-def _is_abstract(tree: Any) -> bool:
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))

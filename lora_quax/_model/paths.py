@@ -58,6 +58,10 @@ def is_array(x) -> bool:
     )
 
 
+def is_abstract(tree: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
 def is_float(x) -> bool:
     return is_array(x) and jnp.issubdtype(aval_of(x).dtype, jnp.floating)
 
