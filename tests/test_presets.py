@@ -169,19 +169,28 @@ class Cell(eqx.Module):
         self.head, self.norm = linear(), eqx.nn.LayerNorm(4)
 
 
+def of_flax():
+    """Parameters as Flax keeps them, one layer in a list."""
+    dense = lambda: {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+    return {"one": dense(), "two": [dense(), dense()]}
+
+
 _GRU = ["gru.bias", "gru.bias_n"]
 BIASES = [
-    ("none", eqx.nn.Linear, []),
-    ("all", eqx.nn.Linear, [*_GRU, "head.bias", "norm.bias"]),
-    ("lora_only", eqx.nn.Linear, ["head.bias"]),
-    ("lora_only", "weight_ih", _GRU),
-    ("all", ["all-linear", ("bias", "freeze")], ["gru.bias_n"]),
+    (Cell, "none", eqx.nn.Linear, []),
+    (Cell, "all", eqx.nn.Linear, [*_GRU, "head.bias", "norm.bias"]),
+    (Cell, "lora_only", eqx.nn.Linear, ["head.bias"]),
+    (Cell, "lora_only", "weight_ih", _GRU),
+    (Cell, "all", ["all-linear", ("bias", "freeze")], ["gru.bias_n"]),
+    (of_flax, "lora_only", "one.kernel", ["one.bias"]),
+    (of_flax, "lora_only", "two.1.kernel", ["two.1.bias"]),
+    (of_flax, "all", "one.kernel", ["one.bias", "two.0.bias", "two.1.bias"]),
 ]
 
 
-@pytest.mark.parametrize("bias, targets, trained", BIASES)
-def test_biases(bias, targets, trained):
-    model = loraify(Cell(), 2, jr.key(1), targets=targets, bias=bias)
+@pytest.mark.parametrize("make, bias, targets, trained", BIASES)
+def test_biases(make, bias, targets, trained):
+    model = loraify(make(), 2, jr.key(1), targets=targets, bias=bias)
     assert list(adapted(model, FullArray)) == trained
 
 
