@@ -178,11 +178,14 @@ def test_sharded(method):
     sharding = NamedSharding(jax.make_mesh((2,), ("i",), axis_types=(kind,)), P("i"))
     model = {"w": lora((6, 5), seed=3, dtype=jnp.float32)}
     placed = eqx.tree_at(
-        lambda m: m["w"].base, model, jax.device_put(model["w"].base, sharding)
+        lambda m: (m["w"].base, m["w"].b),
+        model,
+        replace_fn=lambda x: jax.device_put(x, sharding),
     )
     data = _data(method, model)
     expected, out = (initialise(m, method, **data)["w"] for m in (model, placed))
-    assert out.base.sharding.is_equivalent_to(sharding, 2)
+    for x in out.base, out.b:
+        assert x.sharding.is_equivalent_to(sharding, 2)
     assert_close(np.asarray(out.base), expected.base, rtol=1e-4, atol=1e-4)
     assert_close(np.asarray(out.dense()), expected.dense(), rtol=1e-5, atol=1e-5)
 
@@ -432,7 +435,13 @@ WRONG = {
     ),
     "moments of another weight": (
         lambda: _one("eva", moments=[_moments(n=5)]),
-        r"`moments` must have `Moments` of shape \(3, 3\) for `0`",
+        r"`Moments` with arrays of shapes \(\), \(3,\), \(3, 3\) for `0`",
+    ),
+    "moments with another sum": (
+        lambda: _one(
+            "eva", moments=[eqx.tree_at(lambda x: x.first, _moments(n=3), jnp.ones(2))]
+        ),
+        "`Moments` with arrays of shapes",
     ),
     "moments of no data": (
         lambda: _one("eva", moments=[jax.tree.map(jnp.zeros_like, _moments(n=3))]),
@@ -444,7 +453,19 @@ WRONG = {
     ),
     "gradients of another shape": (
         lambda: _one("lora-ga", gradients=[jnp.ones((3, 2))]),
-        r"`gradients` must have an array of shape \(2, 3\) for `0`",
+        r"must have a floating-point array of shape \(2, 3\) for `0`",
+    ),
+    "gradients of the adapted model": (
+        lambda: _one("lora-ga", gradients=eqx.filter([lora((2, 3))], False)),
+        r"for `0`; got LoraArray.*gradient with respect to the plain model",
+    ),
+    "gradients that are integers": (
+        lambda: _one("lora-ga", gradients=[jnp.ones((2, 3), int)]),
+        r"must have a floating-point array of shape \(2, 3\) for `0`",
+    ),
+    "gradients of nothing": (
+        lambda: _one("lora-ga", gradients=[jnp.zeros((2, 3))]),
+        "`gradients` has only zeros for `0`: the loss does not depend on it",
     ),
     "ranks that are not known": (
         lambda: jax.jit(lambda x: _one("eva", moments=[x], rho=2.0))(_moments(n=3)),

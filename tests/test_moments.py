@@ -11,7 +11,7 @@ from helpers import lora
 from jax import lax
 
 import lora_quax
-from lora_quax import input_moments, Moments
+from lora_quax import input_moments, LoraArray, Moments
 
 
 def _x(*shape, seed=0):
@@ -176,6 +176,20 @@ def test_batches_are_added_up():
     np.testing.assert_allclose(forward(out, X), forward(model, X), rtol=1e-5, atol=1e-6)
 
 
+def test_dropout_is_away_meanwhile():
+    forward = lambda model, x: quax.quaxify(lambda w, x: x @ w.T)(model["w"], x)
+    w = LoraArray.from_parts(_w(5, 6).base, _w(5, 6).delta, dropout=0.5)
+    found = input_moments(forward)(lora_quax.with_dropout_key({"w": w}, jr.key(0)), X)
+    assert eqx.tree_equal(found, input_moments(forward)({"w": w}, X))
+
+
+def test_of_an_abstract_model():
+    run = input_moments(lambda m, x: quax.quaxify(lambda m, x: x @ m["w"].T)(m, x))
+    model = {"w": _w(5, 6)}
+    types = eqx.filter_eval_shape(lambda m: m, model)
+    assert eqx.tree_equal(run(types, X), eqx.filter_eval_shape(run, model, X))
+
+
 def test_what_nothing_reaches_has_none():
     program = lambda m: (m["w"].T @ X[:, :5].T, lax.stop_gradient(X @ m["w"].T))
     found = input_moments(quax.quaxify(program))({"w": _w(5, 6)})["w"]
@@ -190,6 +204,12 @@ def test_a_derivative_inside_is_refused():
         ValueError, match="takes a derivative of what a weight computes"
     ):
         input_moments(program)(_w(5, 6))
+
+
+def test_no_function():
+    # The second is what the annotation says.
+    with pytest.raises(TypeError, match="takes a function of the model|parameter 'fn'"):
+        input_moments({"w": _w(5, 6)})  # pyright: ignore
 
 
 def test_nothing_to_observe():

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import quax
 from jax.core import Tracer
 
 from .._arrays.check import check_key, check_number
 from .._arrays.lora import LoraArray
 from .moments import Moments
+from .paths import is_float
 
 
 _WAYS = {
@@ -50,15 +50,16 @@ def refuse_base(where: str, w: LoraArray, why: str) -> None:
 
 
 def check_moments(where: str, w: LoraArray, found: Any) -> None:
-    n = math.prod(w.shape[w.n_batch + w.delta.rows :])
-    wanted = (*w.shape[: w.n_batch], n, n)
-    if not isinstance(found, Moments) or found.second.shape != wanted:
+    batch, n = w.shape[: w.n_batch], math.prod(w.shape[w.n_batch + w.delta.rows :])
+    wanted = [batch, (*batch, n), (*batch, n, n)]
+    if not isinstance(found, Moments) or _shapes(found) != wanted:
         raise ValueError(
-            f"`moments` must have `Moments` of shape {wanted} for {where}, as "
-            f"`input_moments` of this model gives; got {found!r:.80}."
+            "`moments` must have `Moments` with arrays of shapes "
+            f"{', '.join(map(str, wanted))} for {where}, as `input_moments` of this "
+            f"model gives; got {found!r:.80}."
         )
     _check_finite("moments", where, found)
-    if _is_known(found) and not np.any(np.asarray(found.count)):
+    if _is_known(found) and not jnp.any(found.count):
         raise ValueError(
             f"`moments` has no vector for {where}: no data were multiplied with it on "
             "the side of its columns, or what it computes does not reach the outputs "
@@ -67,12 +68,22 @@ def check_moments(where: str, w: LoraArray, found: Any) -> None:
 
 
 def check_gradient(where: str, w: LoraArray, found: Any) -> None:
-    if getattr(found, "shape", None) != w.shape:
+    if _shapes(found) != [w.shape] or not is_float(found):
         raise ValueError(
-            f"`gradients` must have an array of shape {w.shape} for {where}; got "
-            f"{found!r:.80}. It is the gradient with respect to the plain model."
+            f"`gradients` must have a floating-point array of shape {w.shape} for "
+            f"{where}; got {found!r:.80}. It is the gradient with respect to the plain "
+            "model."
         )
     _check_finite("gradients", where, found)
+    if _is_known(found) and not jnp.any(found):
+        raise ValueError(
+            f"`gradients` has only zeros for {where}: the loss does not depend on it. "
+            "Take a loss that does, or leave it out of `targets`."
+        )
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...] | None]:
+    return [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
 
 
 def _check_finite(name: str, where: str, found: Any) -> None:

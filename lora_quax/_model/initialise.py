@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arrays.base import dense, is_adapted, replace
-from .._arrays.check import wider
+from .._arrays.check import is_abstract, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from . import factors
@@ -30,6 +30,7 @@ from .given import (
     refuse_base,
     refuse_unknown,
 )
+from .placed import as_before
 from .shares import shares
 
 
@@ -124,7 +125,7 @@ def initialise(
     finite, or have nothing for a weight; if `rho` leaves no rank for the update inside
     of a `DoRA`.
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}.")
     given = dict(key=key, moments=moments, gradients=gradients)
@@ -167,9 +168,10 @@ def initialise(
         if not rank:
             return w.base
         own_key = None if key is None else jr.fold_in(key, word[0])
-        run = _abstract_initialised if _is_abstract((w, own)) else _initialised
+        run = _abstract_initialised if is_abstract((w, own)) else _initialised
         delta, base = run(w, own, own_key, method, rank)
-        return replace(w, base=w.base if base is None else base, delta=delta)
+        base = w.base if base is None else as_before(base, w.base)
+        return replace(w, base=base, delta=laid_as(delta, w.delta))
 
     return on_each(model, change, data)
 
@@ -213,26 +215,24 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     )
 
 
+def laid_as(delta: LowRankArray, before: LowRankArray) -> LowRankArray:
+    """An update, laid out as the one before."""
+    a, b = as_before(delta.a, before.a), as_before(delta.b, before.b)
+    return replace(delta, a=a, b=b)
+
+
 def less_update(base, delta: LowRankArray):
     wide = wider(base.dtype, jnp.float32)
     update = delta.product().astype(wide)
-    return (base.astype(wide) - _placed(update, base)).astype(base.dtype)
-
-
-# On a mesh with explicit axes decompositions are of whole matrices alone.
+    return (base.astype(wide) - as_before(update, base)).astype(base.dtype)
 
 
 def _whole(x):
+    """On a mesh with explicit axes decompositions are of whole matrices alone."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return x
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _placed(x, like):
-    sharding = jax.typeof(like).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.reshard(x, sharding) if explicit else x
 
 
 def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
@@ -243,7 +243,3 @@ def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
 
 _initialised = eqx.filter_jit(_initialise)
 _abstract_initialised = ft.partial(eqx.filter_eval_shape, _initialise)
-
-
-def _is_abstract(tree: Any) -> bool:
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))

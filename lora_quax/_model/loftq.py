@@ -10,7 +10,7 @@ from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .each import on_each
 from .given import refuse_base
-from .initialise import less_update, update_of
+from .initialise import laid_as, less_update, update_of
 from .quantise import check_codec, Kind, quantised
 
 
@@ -41,7 +41,8 @@ def loftq(
         out, rest = w, w.base
         for _ in range(steps):
             base = quantised(where, rest, w.delta.cols, kind, tile)
-            out = replace(w, base=base, delta=_best_update(w, base))
+            delta = laid_as(_best_update(w, base), w.delta)
+            out = replace(w, base=base, delta=delta)
             rest = less_update(w.base, out.delta)
         return out
 

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._arrays.base import replace
+from .._arrays.check import is_abstract
 from .._arrays.probe import probe, read
+from .dropout import without_key
 from .each import is_lora, low_rank, weights_of
 from .paths import named
 
@@ -45,23 +47,33 @@ def input_moments(fn: Callable) -> Callable[..., PyTree]:
     no more than the products with the weights is left of it. A weight that multiplies
     patches, as a convolution does, has the moments of these; one of a stack, or an
     expert, those of its own vectors. Vectors of zeros, such as padding, do not count.
-    The update is away meanwhile: what is observed is the base.
+    The update is away meanwhile, and with it its dropout: what is observed is the base.
 
     **Arguments:**
 
     - `fn`: any function `fn(model, *args, **kwargs)`. Its outputs have to depend on
-        what the weights compute; what they are does not matter.
+        what the weights compute; what they are does not matter. Of a model that is
+        abstract the moments are.
 
     **Returns:** a function of the same arguments. It gives the model with `Moments` in
     place of each `LoraArray`, and `None` in place of the rest. With `n` the number of a
     weight's columns, these have `n²` numbers, of float32 at least.
 
-    **Raises:** `ValueError` if the model has no `LoraArray`, or one whose update is no
-    `LowRankArray`; or if `fn` takes a derivative of the model.
+    **Raises:** `TypeError` if `fn` is no function; `ValueError` if the model has no
+    `LoraArray`, or one whose update is no `LowRankArray`; or if `fn` takes a derivative
+    of the model.
     """
+    if not callable(fn):
+        raise TypeError(
+            "`input_moments` takes a function of the model and data, and gives one of "
+            f"the same arguments; got {fn!r:.80}."
+        )
 
     @ft.wraps(fn)
     def run(model, *args: Any, **kwargs: Any):
+        if is_abstract(model):
+            return eqx.filter_eval_shape(run, model, *args, **kwargs)
+        model = without_key(model)
         paths, leaves, treedef = weights_of(model)
         probes = [
             probe(x.base, low_rank(named(path), x).delta) if is_lora(x) else None

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .._arrays.base import base_of, is_adapted, with_base
@@ -79,6 +79,16 @@ def all_beside_bases(model: PyTree) -> PyTree:
 def has_base(x: Any) -> bool:
     """An update that is a weight by itself has none."""
     return is_adapted(x) and base_of(x) is not None
+
+
+def as_before(x: Any, before: Any) -> Any:
+    """What was computed in the place of an array, laid out as that was."""
+    if isinstance(before, Tracer):  # On a mesh that is not explicit, nothing is known.
+        sharding: Any = jax.typeof(before).sharding
+        explicit = AxisType.Explicit in sharding.mesh.axis_types
+        return jax.reshard(x, sharding) if explicit else x
+    sharding = getattr(before, "sharding", None)
+    return put_on(x, sharding) if isinstance(sharding, NamedSharding) else x
 
 
 def put_on(x: Any, sharding: NamedSharding) -> Any:
