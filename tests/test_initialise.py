@@ -290,6 +290,23 @@ def test_without_a_rank_a_weight_is_plain_again():
         initialise(model, "eva", moments=moments, rho=2.0)
 
 
+@pytest.mark.parametrize("method", FROM_MOMENTS)
+def test_a_weight_kept_as_in_out(method):
+    """Is given what its transpose is given, transposed."""
+    w = lora((2, 8, 6), rank=3, dtype=jnp.float32)
+    turn = lambda x: jnp.swapaxes(x, -1, -2)
+    delta = lora_quax.LowRankArray(turn(w.b), turn(w.a), alpha=w.alpha)
+    turned = LoraArray.from_parts(turn(w.base), delta)
+    moments = _moments(2, n=6)
+    one = initialise([w], method, moments=[moments])[0]
+    moments = Moments(moments.count, moments.first, moments.second, in_out=True)
+    other = initialise([turned], method, moments=[moments])[0]
+    assert other.shape == (2, 6, 8) and other.scaling == one.scaling
+    pairs = (one.a, other.b), (one.b, other.a), (one.base, other.base)
+    for x, y in pairs:
+        assert_close(turn(x), y, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["corda ipm", "corda kpm"])
 def test_corda_is_the_part_of_some_singular_values(method):
     _, model = _net()

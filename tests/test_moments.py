@@ -123,6 +123,35 @@ PROGRAMS = {
 }
 
 
+# Of weights that are kept as `(in, out)`.
+IN_OUT = {
+    "a kernel": (_w(6, 5), lambda w: X @ w, lambda w: X),
+    "kernels, mapped": (
+        _w(6, 5),
+        lambda w: jax.vmap(lambda x: x @ w)(X),
+        lambda w: X,
+    ),
+    "kernels of experts": (
+        _w(3, 6, 5),
+        lambda w: lax.ragged_dot(X[:9], w, GROUPS),
+        _given_experts,
+    ),
+    "a kernel of two axes": (
+        _w(2, 3, 5, rows=2),
+        lambda w: jnp.einsum("thi,hio->to", X.reshape(12, 2, 3), w),
+        lambda w: X,
+    ),
+    "a kernel of a convolution": (
+        _w(3, 4, 5, rows=2),
+        lambda w: lax.conv_general_dilated(
+            IMAGE, w, (1,), "SAME", dimension_numbers=("NCH", "HIO", "NCH")
+        ),
+        lambda w: _patches(IMAGE).reshape(-1, 4, 3).swapaxes(1, 2).reshape(-1, 12),
+    ),
+}
+PROGRAMS |= IN_OUT
+
+
 def _expected(given):
     x = np.asarray(given, np.float64)
     return len(x), x.sum(0), x.T @ x
@@ -131,7 +160,8 @@ def _expected(given):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_what_a_weight_is_given(name):
     w, program, given = PROGRAMS[name]
-    run = eqx.filter_jit(input_moments(lambda m: quax.quaxify(program)(m["w"])))
+    forward = lambda m: quax.quaxify(program)(m["w"])
+    run = eqx.filter_jit(input_moments(forward, in_out="w" if name in IN_OUT else ()))
     found = run({"w": w, "other": 3.0})
     assert found["other"] is None
     found = found["w"]
@@ -210,6 +240,11 @@ def test_no_function():
     # The second is what the annotation says.
     with pytest.raises(TypeError, match="takes a function of the model|parameter 'fn'"):
         input_moments({"w": _w(5, 6)})  # pyright: ignore
+
+
+def test_a_name_of_nothing():
+    with pytest.raises(ValueError, match="'v' of `in_out` is the name of no weight"):
+        input_moments(lambda m: X @ m["w"], in_out=["w", "v"])({"w": _w(6, 5)})
 
 
 def test_nothing_to_observe():

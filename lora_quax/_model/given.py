@@ -50,7 +50,10 @@ def refuse_base(where: str, w: LoraArray, why: str) -> None:
 
 
 def check_moments(where: str, w: LoraArray, found: Any) -> None:
-    batch, n = w.shape[: w.n_batch], math.prod(w.shape[w.n_batch + w.delta.rows :])
+    batch, axes = w.shape[: w.n_batch], w.shape[w.n_batch :]
+    rows, cols = axes[: w.delta.rows], axes[w.delta.rows :]
+    in_out = isinstance(found, Moments) and found.in_out
+    n = math.prod(rows if in_out else cols)
     wanted = [batch, (*batch, n), (*batch, n, n)]
     if not isinstance(found, Moments) or _shapes(found) != wanted:
         raise ValueError(
@@ -62,8 +65,10 @@ def check_moments(where: str, w: LoraArray, found: Any) -> None:
     if _is_known(found) and not jnp.any(found.count):
         raise ValueError(
             f"`moments` has no vector for {where}: no data were multiplied with it on "
-            "the side of its columns, or what it computes does not reach the outputs "
-            "of the function. Give it such data, or leave it out of `targets`."
+            f"the side of its {'rows' if in_out else 'columns'}, or what it computes "
+            "does not reach the outputs of the function. A weight that is kept as "
+            "(in, out) has to be named: `input_moments(fn, in_out=...)`. Give others "
+            "such data, or leave them out of `targets`."
         )
 
 

@@ -30,6 +30,7 @@ from .given import (
     refuse_base,
     refuse_unknown,
 )
+from .moments import Moments
 from .placed import as_before
 from .shares import shares
 
@@ -194,6 +195,10 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     wide = wider(of.dtype, jnp.float32)
     sizes = [math.prod(shape) for shape in (batch, row_shape, col_shape)]
     matrices = _whole(of.astype(wide)).reshape(sizes)
+    # A method is given the matrix that data are multiplied with from the right.
+    turned = isinstance(data, Moments) and data.in_out
+    if turned:
+        matrices = jnp.swapaxes(matrices, 1, 2)
     keys = jr.split(jr.key(0) if key is None else key, len(matrices))
     if method == "lora-ga":
         data = _whole(data).reshape(sizes)
@@ -202,6 +207,8 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     find = ft.partial(_METHODS[method].find, rank=rank, scaling=old.scaling)
     of_one = lambda matrix, own, key: find(matrix, own, key=key)
     b, a = jax.vmap(of_one)(matrices, data, keys)
+    if turned:
+        b, a = jnp.swapaxes(a, 1, 2), jnp.swapaxes(b, 1, 2)
     missing = rank - b.shape[-1]  # A rank beyond that of the matrix.
     b = jnp.pad(b, ((0, 0), (0, 0), (0, missing)))
     missing = rank - a.shape[-2]
