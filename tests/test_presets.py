@@ -135,7 +135,17 @@ def blocks():
     return {"blocks": [Attention(), Attention()], "head": linear()}
 
 
-MEANING_NOTHING = [("attention", mlp), ("mlp", conv), ("mlp", blocks)]
+def stack():
+    make = lambda _: Attention()
+    return {"blocks": eqx.filter_vmap(make)(jnp.arange(2)), "head": linear()}
+
+
+MEANING_NOTHING = [
+    ("attention", mlp),
+    ("mlp", conv),
+    ("mlp", blocks),
+    ("mlp", stack),
+]
 
 
 @pytest.mark.parametrize("preset, model", MEANING_NOTHING)

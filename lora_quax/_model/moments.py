@@ -30,7 +30,7 @@ class Moments(eqx.Module):
     count: Float[Array, "*batch"]
     first: Float[Array, "*batch n"]
     second: Float[Array, "*batch n n"]
-    in_out: bool = eqx.field(static=True, default=False)
+    in_out: bool = eqx.field(static=True, default=False, kw_only=True)
 
     def covariance(self) -> Float[Array, "*batch n n"]:
         """About the mean."""

@@ -9,6 +9,7 @@ in its block is taken for its MLP, whatever it is called.
 import re
 from collections.abc import Callable, Sequence
 
+from .._arrays.check import aval_of
 from .paths import is_linear, Leaf
 
 
@@ -53,17 +54,25 @@ def _outermost(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
 def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> set[str]:
     """The linear layers beside an attention in the smallest module that has any.
 
-    Beyond a list of blocks there is no looking: a head is no MLP.
+    Beyond a list of blocks, or a stack, there is no looking: a head is no MLP.
     """
-    around = next(leaf.modules for leaf in leaves if _in(leaf, {attention}))
+    inside = [leaf for leaf in leaves if _in(leaf, {attention})]
+    stacked = {_stacked(leaf) for leaf in inside if is_linear(leaf)}
+    around = inside[0].modules
     paths = [path for path, _ in around]
     for block, module in reversed(around[: paths.index(attention)]):
-        layers = {
-            leaf.layer[0] for leaf in outside if leaf.layer and _in(leaf, {block})
-        }
+        found = [leaf for leaf in outside if _in(leaf, {block})]
+        layers = {leaf.layer[0] for leaf in found if leaf.layer}
+        if stacked and any(_stacked(leaf) not in stacked for leaf in found):
+            return set()
         if layers or isinstance(module, list | tuple):
             return layers
     return set()
+
+
+def _stacked(leaf: Leaf) -> int:
+    """How many axes of a stack a layer's weight has."""
+    return 0 if leaf.value is None else aval_of(leaf.value).ndim - sum(leaf.axes)
 
 
 def _in(leaf: Leaf, modules: set[str]) -> bool:
