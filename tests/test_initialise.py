@@ -233,6 +233,15 @@ def test_rebase(method, adapted, tmp_path):
     assert eqx.tree_equal(lora_quax.load_adapter(path, plain), back)
 
 
+def test_rebase_of_the_model_of_a_step():
+    plain = eqx.nn.Linear(6, 5, key=jr.key(0))
+    model = lora_quax.loraify(plain, 2, jr.key(1), dropout=0.5)
+    initial = initialise(model, "pissa")
+    step = lora_quax.with_dropout_key(initial, jr.key(2))
+    expected = rebase(initial, initial, plain)
+    assert eqx.tree_equal(rebase(step, initial, plain), expected)
+
+
 def test_eva_is_the_principal_components():
     _, model = _net()
     moments = _data("eva", model)["moments"]

@@ -30,7 +30,6 @@ from .given import (
     refuse_base,
     refuse_unknown,
 )
-from .moments import Moments
 from .placed import as_before
 from .shares import shares
 
@@ -196,7 +195,7 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     sizes = [math.prod(shape) for shape in (batch, row_shape, col_shape)]
     matrices = _whole(of.astype(wide)).reshape(sizes)
     # A method is given the matrix that data are multiplied with from the right.
-    turned = isinstance(data, Moments) and data.in_out
+    turned = getattr(data, "in_out", False)
     if turned:
         matrices = jnp.swapaxes(matrices, 1, 2)
     keys = jr.split(jr.key(0) if key is None else key, len(matrices))
