@@ -57,6 +57,18 @@ class Fields(eqx.Module):
         self.self_attn, self.mlp = SwiGLU(), SwiGLU()
 
 
+class Positions(eqx.Module):
+    """With a convolution for positions beside an MLP that is one by name."""
+
+    position: eqx.nn.Conv1d
+    attn: Attention
+    mlp: SwiGLU
+
+    def __init__(self):
+        self.position = eqx.nn.Conv1d(4, 4, 3, key=jr.key(0))
+        self.attn, self.mlp = Attention(), SwiGLU()
+
+
 class AttentionBlock(eqx.Module):
     """Said by types; the block has a name like that of its attention."""
 
@@ -93,6 +105,7 @@ def multihead():
 _PROJECTIONS = [f"{x}_proj" for x in ("query", "key", "value", "output")]
 BLOCKS = {  # name: a block, its attention, its MLP
     "fields": (Fields, ["self_attn.up"], ["mlp.up"]),
+    "one by name": (Positions, ["attn.q"], ["mlp.up"]),
     "types": (AttentionBlock, ["mixer.q"], ["fc1", "fc2"]),
     "nested": (
         BertLayer,

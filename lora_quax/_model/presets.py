@@ -2,8 +2,8 @@
 
 What a module does is read off the name of its type, or of the field that holds it, of
 which the end says it: `MultiheadAttention`, `self_attn`, `SwiGLU` in the field `mlp`.
-Families of models agree in these, if in nothing else. What stands beside an attention
-in its block is taken for its MLP, whatever it is called.
+Families of models agree in these, if in nothing else. Where a block has no MLP by name,
+what stands beside its attention is taken for one, whatever it is called.
 """
 
 import re
@@ -25,9 +25,12 @@ def _attention(leaves: Sequence[Leaf]) -> set[str]:
 def _mlp(leaves: Sequence[Leaf]) -> set[str]:
     attention = _outermost(_ATTENTION, leaves)
     outside = [leaf for leaf in leaves if is_linear(leaf) and not _in(leaf, attention)]
-    out = _outermost(_MLP, outside)
+    named = _outermost(_MLP, outside)
+    out = set(named)
     for path in attention:
-        out |= _beside(path, leaves, outside)
+        beside = _beside(path, leaves, outside)
+        if not any(_in(leaf, named) for leaf in beside):
+            out |= {leaf.layer[0] for leaf in beside if leaf.layer}
     return out
 
 
@@ -51,7 +54,7 @@ def _outermost(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
     return out
 
 
-def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> set[str]:
+def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> list[Leaf]:
     """The linear layers beside an attention in the smallest module that has any.
 
     Beyond a list of blocks, or a stack, there is no looking: a head is no MLP.
@@ -62,12 +65,11 @@ def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> set[
     paths = [path for path, _ in around]
     for block, module in reversed(around[: paths.index(attention)]):
         found = [leaf for leaf in outside if _in(leaf, {block})]
-        layers = {leaf.layer[0] for leaf in found if leaf.layer}
         if stacked and any(_stacked(leaf) not in stacked for leaf in found):
-            return set()
-        if layers or isinstance(module, list | tuple):
-            return layers
-    return set()
+            return []
+        if found or isinstance(module, list | tuple):
+            return found
+    return []
 
 
 def _stacked(leaf: Leaf) -> int:
