@@ -81,8 +81,12 @@ def _cols(w):
 
 @functools.cache
 def _net(dtype=jnp.float32, rank=4, alpha=6.0):
+    """Of which some are scaled by a number less than zero."""
     plain = Net(jr.key(0), dtype)
-    return plain, lora_quax.loraify(plain, rank, jr.key(1), alpha=alpha)
+    targets = {eqx.nn.Linear: True, eqx.nn.Conv: lora_quax.Adapt(alpha=-alpha)}
+    return plain, lora_quax.loraify(
+        plain, rank, jr.key(1), alpha=alpha, targets=targets
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -273,9 +277,9 @@ def test_ranks_are_shared_out():
             [0.5, 0.5, 0.0, 0.0, 0.0, 0.0], [0.4, 0.24, 0.24, 0.07, 0.05, 0.0]
         ),
     }
-    # Of 3 + 3 + 3 + 2 · 3 ranks, at most 4 for each. Those of the stack, for both, are
-    # .45, .37 and .12; the last are .12 and .07.
-    ranks = {1.0: (3, 3, 3, 3), 4 / 3: (1, 4, 4, 3)}
+    # Of 3 + 3 + 3 + 2 · 3 ranks, at most 4 for each, or 6. Those of the stack, for both,
+    # are .45, .37 and .12; the last are .12 and .07, or .07 where two are too many.
+    ranks = {1.0: (3, 3, 3, 3), 4 / 3: (1, 4, 4, 3), 2.0: (1, 6, 4, 2)}
     for rho, expected in ranks.items():
         out = initialise(model, "eva", moments=moments, rho=rho)
         assert tuple(out[name].rank for name in shapes) == expected
@@ -395,6 +399,8 @@ def test_loftq_is_nearer_than_quantising(kind):
         start = error(layer.weight, origin.weight)
         assert error(new.weight, origin.weight) < 0.9 * start
         assert error(best.weight, origin.weight) < 0.9 * start
+        if kind != "int8":  # Which is so near that further steps wander about.
+            assert error(best.weight, origin.weight) < error(new.weight, origin.weight)
         assert isinstance(new.weight.base, lora_quax.QuantisedArray)
     # It trains as any other does.
     loss = lambda model, x: jnp.sum(quax.quaxify(model)(x) ** 2)
