@@ -277,8 +277,8 @@ def test_ranks_are_shared_out():
             [0.5, 0.5, 0.0, 0.0, 0.0, 0.0], [0.4, 0.24, 0.24, 0.07, 0.05, 0.0]
         ),
     }
-    # Of 3 + 3 + 3 + 2 · 3 ranks, at most 4 for each, or 6. Those of the stack, for both,
-    # are .45, .37 and .12; the last are .12 and .07, or .07 where two are too many.
+    # Of 3 + 3 + 3 + 2 · 3 ranks, at most 4 for each, or 6. The stack's, for both, are
+    # .45, .37 and .12; the last are .12 and .07, or .07 alone where one rank is left.
     ranks = {1.0: (3, 3, 3, 3), 4 / 3: (1, 4, 4, 3), 2.0: (1, 6, 4, 2)}
     for rho, expected in ranks.items():
         out = initialise(model, "eva", moments=moments, rho=rho)

@@ -247,6 +247,13 @@ def test_a_name_of_nothing():
         input_moments(lambda m: X @ m["w"], in_out=["w", "v"])({"w": _w(6, 5)})
 
 
+@pytest.mark.parametrize("names", [3, None, [3], {"w": True}])
+def test_no_names(names):
+    # The second is what the annotation says.
+    with pytest.raises(TypeError, match="must be names of weights|parameter 'in_out'"):
+        input_moments(lambda m: X @ m["w"], in_out=names)
+
+
 def test_nothing_to_observe():
     with pytest.raises(ValueError, match="Nothing in the model is a `LoraArray`"):
         input_moments(lambda m: m)(eqx.nn.Linear(2, 2, key=jr.key(0)))

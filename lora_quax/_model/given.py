@@ -63,12 +63,13 @@ def check_moments(where: str, w: LoraArray, found: Any) -> None:
         )
     _check_finite("moments", where, found)
     if _is_known(found) and not jnp.any(found.count):
+        side = "rows" if in_out else "columns"
+        way_out = "not name it" if in_out else "if it is kept as (in, out), name it"
         raise ValueError(
             f"`moments` has no vector for {where}: no data were multiplied with it on "
-            f"the side of its {'rows' if in_out else 'columns'}, or what it computes "
-            "does not reach the outputs of the function. A weight that is kept as "
-            "(in, out) has to be named: `input_moments(fn, in_out=...)`. Give others "
-            "such data, or leave them out of `targets`."
+            f"the side of its {side}, or what it computes does not reach the outputs "
+            f"of the function. Give it such data; or {way_out} in `in_out` of "
+            "`input_moments`; or leave it out of `targets`."
         )
 
 

@@ -79,8 +79,7 @@ def input_moments(
             f"the same arguments; got {fn!r:.80}."
         )
 
-    names = [in_out] if isinstance(in_out, str) else in_out
-    patterns = {name: read_pattern(name)[0] for name in names}
+    patterns = _patterns(in_out)
 
     @ft.wraps(fn)
     def run(model, *args: Any, **kwargs: Any):
@@ -118,6 +117,13 @@ def input_moments(
         return jax.tree.unflatten(treedef, moments)
 
     return run
+
+
+def _patterns(in_out: Any) -> dict[str, re.Pattern]:
+    names = [in_out] if isinstance(in_out, str) else in_out
+    if not isinstance(names, list | tuple) or any(type(x) is not str for x in names):
+        raise TypeError(f"`in_out` must be names of weights, got {in_out!r:.80}.")
+    return {name: read_pattern(name)[0] for name in names}
 
 
 def _named_by(patterns: dict[str, re.Pattern], paths: list[str]) -> set[str]:
