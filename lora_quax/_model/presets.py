@@ -19,13 +19,13 @@ _MLP = re.compile(r"(mlp|ffn|feed_?forward)(_?\d+d?)?$", re.IGNORECASE)
 
 
 def _attention(leaves: Sequence[Leaf]) -> set[str]:
-    return _outermost(_ATTENTION, leaves)
+    return _called(_ATTENTION, leaves)
 
 
 def _mlp(leaves: Sequence[Leaf]) -> set[str]:
-    attention = _outermost(_ATTENTION, leaves)
+    attention = _called(_ATTENTION, leaves)
     outside = [leaf for leaf in leaves if is_linear(leaf) and not _in(leaf, attention)]
-    named = _outermost(_MLP, outside)
+    named = _called(_MLP, outside)
     out = set(named)
     for path in attention:
         beside = _beside(path, leaves, outside)
@@ -42,16 +42,14 @@ PRESETS: dict[str, Callable[[Sequence[Leaf]], set[str]]] = {
 a preset means."""
 
 
-def _outermost(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
-    """The modules that are called so and are in no other one that is."""
-    out = set()
-    for leaf in leaves:
-        for path, module in leaf.modules:
-            field = path.rpartition(".")[2]
-            if name.search(field) or name.search(type(module).__name__):
-                out.add(path)
-                break
-    return out
+def _called(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
+    """The modules of which the field or the type is called so."""
+    return {
+        path
+        for leaf in leaves
+        for path, module in leaf.modules
+        if name.search(path.rpartition(".")[2]) or name.search(type(module).__name__)
+    }
 
 
 def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> list[Leaf]:
