@@ -232,6 +232,9 @@ def test_rank_stabilised_scaling():
     scalings = [layer.weight.delta.scaling for layer in model.layers[:2]]
     assert scalings == [6 / 2, 6 / 3]
     assert model.layers[2].weight.delta.w1.scaling == 6 / 4
+    targets = {eqx.nn.Linear: True, "layers.1": Adapt(rank=9, use_rslora=True)}
+    model = loraify(mlp(), 4, jr.key(1), targets=targets, alpha=6)
+    assert [x.weight.delta.scaling for x in model.layers] == [6 / 4, 6 / 3, 6 / 4]
     plain = loraify(mlp(), 4, jr.key(1), alpha=6, use_rslora=True)
     as_alpha = loraify(mlp(), 4, jr.key(1), alpha=6 * 4**0.5)
     assert eqx.tree_equal(plain, as_alpha)
