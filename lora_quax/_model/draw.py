@@ -24,9 +24,10 @@ from .._arrays.check import (
     check_number,
     check_rank,
     default_dtype,
+    is_abstract,
 )
 from ..init import Initialiser
-from .paths import is_abstract, Leaf, named
+from .paths import Leaf, named
 from .targets import Adapt
 from .updates import read_update
 

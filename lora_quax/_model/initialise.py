@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arrays.base import dense, is_adapted, replace
-from .._arrays.check import wider
+from .._arrays.check import is_abstract, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from . import factors
@@ -31,7 +31,6 @@ from .given import (
     refuse_unknown,
 )
 from .lay import laid_as
-from .paths import is_abstract
 from .shares import shares
 
 
@@ -126,7 +125,7 @@ def initialise(
     finite, or have nothing for a weight; if `rho` leaves no rank for the update inside
     of a `DoRA`.
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}.")
     given = dict(key=key, moments=moments, gradients=gradients)
@@ -195,6 +194,10 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     wide = wider(of.dtype, jnp.float32)
     sizes = [math.prod(shape) for shape in (batch, row_shape, col_shape)]
     matrices = _whole(of.astype(wide)).reshape(sizes)
+    # A method is given the matrix that data are multiplied with from the right.
+    turned = getattr(data, "in_out", False)
+    if turned:
+        matrices = jnp.swapaxes(matrices, 1, 2)
     keys = jr.split(jr.key(0) if key is None else key, len(matrices))
     if method == "lora-ga":
         data = _whole(data).reshape(sizes)
@@ -203,6 +206,8 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     find = ft.partial(_METHODS[method].find, rank=rank, scaling=old.scaling)
     of_one = lambda matrix, own, key: find(matrix, own, key=key)
     b, a = jax.vmap(of_one)(matrices, data, keys)
+    if turned:
+        b, a = jnp.swapaxes(a, 1, 2), jnp.swapaxes(b, 1, 2)
     missing = rank - b.shape[-1]  # A rank beyond that of the matrix.
     b = jnp.pad(b, ((0, 0), (0, 0), (0, missing)))
     missing = rank - a.shape[-2]
@@ -222,10 +227,8 @@ def less_update(base, delta: LowRankArray):
     return (base.astype(wide) - laid_as(update, base)).astype(base.dtype)
 
 
-# On a mesh with explicit axes decompositions are of whole matrices alone.
-
-
 def _whole(x):
+    """On a mesh with explicit axes decompositions are of whole matrices alone."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return x

@@ -5,14 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._arrays.base import dense, replace
-from .._arrays.check import check_count, wider
+from .._arrays.check import check_count, is_abstract, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .each import on_each
 from .given import refuse_base
 from .initialise import less_update, update_of
 from .lay import laid_as
-from .paths import is_abstract
 from .quantise import check_codec, Kind, quantised
 
 

@@ -23,11 +23,11 @@ from .._arrays.base import (
     roles,
     with_base,
 )
-from .._arrays.check import wider
+from .._arrays.check import is_abstract, wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.scaled import ScaledArray, times
 from .lay import all_on, laid_as, sharding_of_weight
-from .paths import dotted, is_abstract, join, named
+from .paths import dotted, join, named
 
 
 def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) -> PyTree:

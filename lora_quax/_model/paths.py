@@ -58,10 +58,6 @@ def is_array(x) -> bool:
     )
 
 
-def is_abstract(tree: Any) -> bool:
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
-
-
 def is_float(x) -> bool:
     return is_array(x) and jnp.issubdtype(aval_of(x).dtype, jnp.floating)
 
@@ -89,11 +85,11 @@ class Leaf(NamedTuple):
 
     @property
     def home(self) -> str:
-        """The path of the layer, or else of the module, that it belongs to."""
+        """The path of the layer, or else of the module or dictionary, that has it."""
         if self.layer is not None:
             return self.layer[0]
-        holders = [p for p, x in self.modules if not isinstance(x, list | tuple | dict)]
-        return holders[-1] if holders else ""
+        homes = [path for path, x in self.modules if not isinstance(x, list | tuple)]
+        return homes[-1] if homes else ""
 
     @property
     def is_bias(self) -> bool:

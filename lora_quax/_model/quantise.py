@@ -10,10 +10,10 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.check import aval_of, check_count
+from .._arrays.check import aval_of, check_count, is_abstract
 from .._arrays.quantised import QuantisedArray
 from .lay import all_on, laid_out, sharding_of
-from .paths import is_abstract, is_value, named
+from .paths import is_value, named
 from .select import select
 from .targets import Adapt, Targets
 

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from .._arrays.base import is_adapted, replace
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
+from .dropout import without_key
 from .each import low_rank
 from .initialise import less_update
 from .paths import dotted, named
@@ -31,7 +32,7 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
 
     **Arguments:**
 
-    - `model`: the trained model.
+    - `model`: the trained model. A key of dropout is left away.
     - `initial`: the model as `initialise` gave it.
     - `plain`: the model that `loraify` was given.
 
@@ -39,6 +40,8 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
 
     **Raises:** `ValueError` if the three do not belong together.
     """
+
+    model, initial = without_key(model), without_key(initial)
 
     def change(where: str, w: LoraArray, first: Any, base: Any) -> LoraArray:
         alike = isinstance(first, LoraArray) and isinstance(first.delta, LowRankArray)

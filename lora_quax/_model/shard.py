@@ -9,9 +9,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .._arrays.base import base_of, with_base
-from .._arrays.check import aval_of
+from .._arrays.check import aval_of, is_abstract
 from .lay import check_spec, laid_out
-from .paths import is_abstract, is_array, is_value, join, Leaf, leaves_of, named
+from .paths import is_array, is_value, join, Leaf, leaves_of, named
 from .placed import beside_base, has_base
 from .select import nearest
 from .targets import read_pattern
