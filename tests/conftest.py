@@ -61,6 +61,23 @@ def pytest_collection_modifyitems(items):
         items[i] = item
 
 
+@pytest.fixture(scope="session")
+def net():
+    """The model that adapters on the command line are of."""
+    from cli import Net
+
+    return Net(jax.random.key(0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The files that the least configuration of `finetune` names."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "train.jsonl").write_text('{"text": "abc"}\n')
+    return tmp_path
+
+
 @pytest.fixture
 def x64():
     with jax.enable_x64(True):

@@ -23,7 +23,21 @@ from lora_quax._cli.finetune.run import Sets
 from lora_quax._cli.finetune.step import Stepper
 
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = 32
+
+
+# The least that a configuration says.
+GOOD = """\
+[model]
+path = "model"
+
+[data]
+train = "train.jsonl"
+
+[output]
+folder = "run"
+"""
 
 
 class Stand(eqx.Module):
@@ -57,6 +71,12 @@ def texts(n: int = 22, seed: int = 0) -> Encoded:
         ((s + 3 * np.arange(k)) % 8).astype(np.int32) for s, k in zip(starts, lengths)
     ]
     return Encoded([Tokens(x, np.ones(len(x), bool)) for x in ids], 0)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
 
 
 def sets() -> Sets:

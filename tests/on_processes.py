@@ -73,7 +73,8 @@ def _counted(calls: list, module, name: str, measure):
 # What the processes are given that is not the same, and what is said of it on each.
 def wrong(i: int, folder: Path, model, adapted, mesh) -> dict[str, Any]:
     adapt, key = lora_quax.loraify, jr.key(1)
-    return {
+    base, like = folder / "base.safetensors", abstract(mesh)
+    out = {
         "another key": lambda: adapt(model, 4, jr.key(i)),
         "another rank": lambda: adapt(model, 4 + i, key),
         "another alpha": lambda: adapt(model, 4, key, alpha=1 + i),
@@ -85,6 +86,12 @@ def wrong(i: int, folder: Path, model, adapted, mesh) -> dict[str, Any]:
         "another model": lambda: lora_quax.shard(plain(i), mesh, RULES),
         "other rules": lambda: lora_quax.shard(
             plain(), mesh, {"weight": P("d") if i else P()}
+        ),
+        "rules in another order": lambda: lora_quax.shard(
+            plain(), mesh, dict(list({".*": P(), **RULES}.items())[:: 1 if i else -1])
+        ),
+        "another mesh": lambda: lora_quax.shard(
+            plain(), mesh_of(jax.devices()[:: 1 if i else -1]), RULES
         ),
         "rules wrong on one": lambda: lora_quax.shard(
             plain(), mesh, {"weight": P("d") if i else P("e")}
@@ -113,7 +120,36 @@ def wrong(i: int, folder: Path, model, adapted, mesh) -> dict[str, Any]:
         "adapted on one": lambda: lora_quax.save_adapter(
             folder / "half", adapted if i else model
         ),
+        "a base on one": lambda: lora_quax.save_adapter(
+            folder / "half", adapted, base=model if i else None
+        ),
+        "a base on one for PEFT": lambda: lora_quax.peft.save(
+            folder / "half", adapted, base=model if i else None
+        ),
+        "no model on one": lambda: lora_quax.load_model(
+            folder / "none" if i == 1 else base, like
+        ),
+        "a model of another type": lambda: lora_quax.load_model(
+            base, like, dtype=jnp.bfloat16 if i else jnp.float32
+        ),
     }
+    if jax.process_count() > 2:
+        some = jax.make_mesh((2,), ("d",), (AxisType.Auto,), devices=jax.devices()[:2])
+        out["a mesh of some"] = lambda: lora_quax.shard(plain(), some, RULES)
+    return out
+
+
+def abstract(mesh):
+    return lora_quax.shard(eqx.filter_eval_shape(plain), mesh, RULES)
+
+
+def rebased(model, base):
+    first = lora_quax.initialise(model, "pissa")
+    return lora_quax.rebase(first, first, base)
+
+
+def lies(model) -> list[str]:
+    return [str(x.sharding) for x in jax.tree.leaves(eqx.filter(model, eqx.is_array))]
 
 
 def main(folder: Path) -> dict[str, Any]:
@@ -122,8 +158,8 @@ def main(folder: Path) -> dict[str, Any]:
     _counted(read, models, "_part", lambda args, out: out.nbytes)
     for module in (adapters, models, peft_save):
         _counted(written, module, "write_tensors", lambda args, out: args[0].name)
-    like = lora_quax.shard(eqx.filter_eval_shape(plain), mesh, RULES)
-    model = lora_quax.load_model(folder / "base.safetensors", like)
+    model = lora_quax.load_model(folder / "base.safetensors", abstract(mesh))
+    n_read = sum(read)
     first = lora_quax.loraify(model, 4, jr.key(1))
     put = lora_quax.loraify(lora_quax.shard(plain(), mesh, RULES), 4, jr.key(1))
     adapted, losses = train(first, mesh)
@@ -150,10 +186,11 @@ def main(folder: Path) -> dict[str, Any]:
     lora_quax.save_adapter(folder / "after", adapted)
     return dict(
         losses=losses,
-        read=sum(read),
+        read=n_read,
         written=written,
         put_as_read=same(first, put),
         again=[same(adapted, x) for x in again],
+        found_later=lies(rebased(first, model)) == lies(first),
         errors=errors,
     )
 

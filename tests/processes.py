@@ -3,9 +3,11 @@
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +31,23 @@ def join(port: str, processes: str, index: str) -> None:
     )
 
 
+class Process(subprocess.Popen):
+    """One that prints to a file: a pipe that nobody reads fills up, and holds it up."""
+
+    def __init__(self, command: list[str], env: dict[str, str]):
+        self._output = tempfile.TemporaryFile("w+")
+        out, err = self._output, subprocess.STDOUT
+        super().__init__(command, env=env, stdout=out, stderr=err)
+
+    def said(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+
 @contextlib.contextmanager
 def started(
     script: str, *args, processes: int = 1, devices: int = 8
-) -> Iterator[list[subprocess.Popen]]:
+) -> Iterator[list[Process]]:
     """A script of `tests/`, in several processes with so many devices each; of more
     than one each is told the port, how many there are, and which it is. What still
     runs in the end is killed."""
@@ -44,32 +59,36 @@ def started(
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
     }
-    command = [sys.executable, str(TESTS / script), *map(str, args)]
+    command = [sys.executable, "-X", "faulthandler", str(TESTS / script)]
+    command += map(str, args)
     port = str(_free_port())
     running = []
     with contextlib.ExitStack() as stack:
         for i in range(processes):
             which = [port, str(processes), str(i)] if processes > 1 else []
-            one = subprocess.Popen(
-                command + which,
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            stack.enter_context(one)
+            one = stack.enter_context(Process(command + which, env))
             stack.callback(one.kill)
             running.append(one)
         yield running
 
 
-def finish(running: list[subprocess.Popen], timeout: float = 240) -> list[str]:
-    """What each has printed, once all have ended well."""
+def finish(running: list[Process], timeout: float = 240) -> None:
+    """Waits until all have ended well."""
     end = time.monotonic() + timeout
-    said = [one.communicate(timeout=end - time.monotonic())[0] for one in running]
-    for one, text in zip(running, said):
-        assert one.returncode == 0, text
-    return said
+    try:
+        codes = [one.wait(timeout=end - time.monotonic()) for one in running]
+    except subprocess.TimeoutExpired as e:
+        raise AssertionError(f"not done in {timeout} s: {where(running)}") from e
+    assert not any(codes), where(running)
+
+
+def where(running: list[Process]) -> str:
+    """What each has printed, and where it is if it still runs, which ends it."""
+    for one in running:
+        one.send_signal(signal.SIGABRT)  # By `faulthandler` it prints that.
+    for one in running:
+        one.wait()
+    return "\n".join(f"process {i}:\n{one.said()}" for i, one in enumerate(running))
 
 
 def _free_port() -> int:

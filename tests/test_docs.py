@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import quax
 from helpers import lora as lora64
+from jax.sharding import AxisType, PartitionSpec as P
 from safetensors.numpy import save_file
 
 import lora_quax
 from lora_quax._arrays.base import replace
+from lora_quax._model.together import _refuse
 
 
 ROOT = Path(__file__).parents[1]
@@ -262,6 +264,10 @@ def _loss(model, x=jnp.ones(8)):
     return quax.quaxify(model)(x).sum()
 
 
+def _mesh():
+    return jax.make_mesh((1,), ("d",), axis_types=(AxisType.Auto,))
+
+
 def _load_other(path: Path):
     lora_quax.save_adapter(path, _loraify(_mlp()))
     lora_quax.load_adapter(path, _mlp(width=32))
@@ -290,6 +296,13 @@ ERRORS = {
         quax.quaxify(lambda row: row @ jnp.ones(3))
     )(lora((4, 3))),
     "does not fit the model": _load_other,
+    "cannot lie as": lambda _: lora_quax.shard(_mlp(), _mesh(), {"bias": P("d", "d")}),
+    "lies on no mesh": lambda _: _loraify(
+        _mlp(), targets={eqx.nn.Linear: lora_quax.Adapt(spec=P())}
+    ),
+    "means no array": lambda _: lora_quax.shard(_mlp(), _mesh(), {"head": P()}),
+    "The processes disagree": lambda _: _refuse("loraify", [{"x": "1"}, {"x": "2"}]),
+    "has failed on process": lambda _: _refuse("shard", [{}, {"": "OSError: x"}]),
     "but no adapter of lora_quax": _load_model,
 }
 

@@ -208,6 +208,23 @@ def test_what_is_drawn_is_of_the_seed(model, capsys, monkeypatch):
     assert said(capsys, model, "-", *ask[1:]) == one
 
 
+def test_it_ends_where_the_context_does(model, tmp_path, capsys):
+    n = len(read_encoder(model).prompt(PROMPT))
+    folder = copied(model, tmp_path / "model")
+    edit(folder / "config.json", max_position_embeddings=n + 3)
+    six, three = (said(capsys, model, PROMPT, "--max-tokens", x) for x in "63")
+    assert three != six
+    assert main(["generate", str(folder), PROMPT, "--max-tokens", "6"]) == 0
+    out = capsys.readouterr()
+    assert out.out == three and f"The context of {n + 3} tokens is full" in out.err
+    assert main(["generate", str(folder), PROMPT, "--max-tokens", "3"]) == 0
+    assert "is full" not in capsys.readouterr().err
+    edit(folder / "config.json", max_position_embeddings=n)
+    assert main(["generate", str(folder), PROMPT]) == 2
+    message = f"The prompt has {n} tokens, and the context of the model is {n}"
+    assert message in capsys.readouterr().err
+
+
 WRONG_OPTIONS = {
     "--max-tokens=0": "--max-tokens has to be 1 or more, and less than 2**31: 0",
     f"--max-tokens={2**31}": "--max-tokens has to be 1 or more, and less than 2**31",

@@ -123,15 +123,7 @@ def test_factors_are_born_where_their_base_lies(name, kind):
     assert lies(state[0].mu)
     assert eqx.tree_equal(lora_quax.unload(adapted), model)
     # Of an abstract model, the same.
-    abstract = jax.tree.map(
-        lambda x: (
-            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-            if eqx.is_array(x)
-            else x
-        ),
-        model,
-    )
-    assert lies(lora_quax.partition(adapt(abstract))[0])
+    assert lies(lora_quax.partition(adapt(on_paper(model)))[0])
     # And the same numbers as off the mesh.
     if "targets" in options and make is mlp:
         return
@@ -150,6 +142,8 @@ def test_a_quantised_base():
     match = r"part of `layers\.0\.weight`.*QuantisedArray.*4 parts do not divide 2"
     with pytest.raises(ValueError, match=match):
         lora_quax.shard(model, mesh, {"layers.0": P(None, "fsdp")})
+    with pytest.raises(ValueError, match=match):
+        lora_quax.quantise(sharded(mlp(), mesh, P(None, "fsdp")), "int8", tile=8)
 
 
 _AUTO = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
@@ -216,9 +210,103 @@ def test_a_quantised_base_on_explicit_axes(kind, spec):
         assert jnp.allclose(jax.device_get(run(weight, x)), y, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [P("fsdp", "tp"), P(None, "fsdp"), P(("fsdp", "tp"))])
+@pytest.mark.parametrize("codec", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", MESHES)
+def test_a_weight_is_quantised_where_it_lies(kind, codec, spec):
+    pytest.importorskip("qwix")
+    layer = eqx.nn.Linear(64, 16, use_bias=False, key=jr.key(0))
+    on_mesh = lora_quax.shard(layer, mesh_of(kind), {"weight": spec})
+    run = lambda layer: lora_quax.quantise(layer, codec, tile=8)
+    got, wanted = run(on_mesh), run(layer)
+    assert eqx.tree_equal(jax.device_get(got), jax.device_get(wanted))
+    for part in (got.weight.codes, got.weight.scale):
+        assert part.sharding.is_equivalent_to(on_mesh.weight.sharding, 2)
+    back = lora_quax.dequantise(got).weight
+    assert back.sharding.is_equivalent_to(on_mesh.weight.sharding, 2)
+    abstract = run(on_paper(on_mesh)).weight
+    for x, y in zip(*map(jax.tree.leaves, (abstract, got.weight)), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert x.sharding.is_equivalent_to(y.sharding, 2)
+    compiled = jax.jit(lambda x: jax.tree.leaves(run(x))).lower(on_mesh).compile()
+    assert not gathered(compiled.as_text() or "")
+
+
+def _rebased(model):
+    first = lora_quax.initialise(model, "pissa")
+    return lora_quax.rebase(first, first, lora_quax.unload(model))
+
+
+LATER = {  # What the factors and bases of a model are exchanged for.
+    "PiSSA": lambda model: lora_quax.initialise(model, "pissa"),
+    "orthogonal": lambda model: lora_quax.initialise(
+        model, "orthogonal", key=jr.key(0)
+    ),
+    "LoftQ": lambda model: lora_quax.loftq(model, "int8", tile=4, steps=2),
+    "rebased": _rebased,
+}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_found_later_lies_as_what_was_there(name, kind):
+    if name == "LoftQ":
+        pytest.importorskip("qwix")
+    spec = P(None, "fsdp")
+    targets = {eqx.nn.Linear: True, "layers.1": Adapt(spec=spec)}
+    adapt = ft.partial(loraify, rank=2, key=jr.key(1), targets=targets)
+    plain = lora_quax.shard(mlp(), mesh_of(kind), {"weight": P("fsdp", "tp")})
+    models = [adapt(plain)]
+    if name != "rebased":
+        models.append(adapt(on_paper(plain)))
+    for model in models:
+        for before, after in zip(model.layers, LATER[name](model).layers):
+            parts = before.weight, after.weight
+            for x, y in zip(*((w.a, w.b, base_leaf(w)) for w in parts)):
+                assert y.sharding.is_equivalent_to(x.sharding, 2)
+
+
+def base_leaf(w):
+    return jax.tree.leaves(w.base)[0]
+
+
+ELSEWHERE: dict[str, Any] = {
+    "by a spec": dict(targets={eqx.nn.Linear: Adapt(spec=P(None, "fsdp"))}),
+    "everywhere": dict(update=lora_quax.LoKr),
+}
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_a_merged_weight_lies_as_its_base_does(name, kind):
+    plain = lora_quax.shard(mlp(), mesh_of(kind), {"weight": P("fsdp", "tp")})
+    for base in (plain, on_paper(plain)):
+        merged = lora_quax.merge(loraify(base, 2, jr.key(1), **ELSEWHERE[name]))
+        for layer, before in zip(merged.layers, plain.layers):
+            x, y = layer.weight.sharding, before.weight.sharding
+            assert x.is_equivalent_to(y, 2)
+
+
+def on_paper(model):
+    """Abstract, and laid out in the same way."""
+    return jax.tree.map(
+        lambda x: (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            if eqx.is_array(x)
+            else x
+        ),
+        model,
+    )
+
+
 def test_what_is_on_one_device_stays_there():
     model = loraify(mlp(), 2, jr.key(1))
     assert len(model.layers[0].weight.b.sharding.device_set) == 1
+    device = jax.devices()[3]
+    put = lambda x: jax.device_put(x, device) if eqx.is_array(x) else x
+    model = loraify(jax.tree.map(put, mlp()), 2, jr.key(1), use_dora=True)
+    params = lora_quax.partition(model)[0]
+    assert {x.device for x in jax.tree.leaves(params)} == {device}
     with pytest.raises(ValueError, match=r"`layers\.0\.weight` lies on no mesh"):
         loraify(mlp(), 2, jr.key(1), targets={eqx.nn.Linear: Adapt(spec=P("x"))})
 
@@ -290,13 +378,32 @@ WRONG_RULES = [
     ({"layer.0": P("fsdp")}, r"'layer\.0' means no array\. Near it are"),
     ({"weight": P("sp")}, r"`layers\.0\.weight`, meant by.*no axis 'sp'"),
     ({"bias": P("fsdp", "tp")}, r"`layers\.0\.bias`.*it has 1 axes"),
+    ({eqx.nn.Linear: P("fsdp")}, r"A rule is for a name .*, got <class '.*Linear'>"),
+    ({"bias": ("fsdp",)}, r"'bias' must say a `.*PartitionSpec`, got \('fsdp',\)"),
 ]
 
 
 @pytest.mark.parametrize("rules, match", WRONG_RULES)
 def test_rules_that_do_not_fit(rules, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, TypeError), match=match):
         lora_quax.shard(mlp(), mesh_of(), rules)
+
+
+def test_an_abstract_mesh_is_for_abstract_models():
+    mesh, rules = mesh_of().abstract_mesh, {"weight": P("fsdp", "tp")}
+    laid = lora_quax.shard(eqx.filter_eval_shape(mlp), mesh, rules)
+    assert laid.layers[0].weight.sharding == NamedSharding(mesh, P("fsdp", "tp"))
+    with pytest.raises(TypeError, match=r"is abstract, and `layers\.0\.weight` is"):
+        lora_quax.shard(mlp(), mesh, rules)
+
+
+def test_what_is_tied_stays_one_array():
+    w, other = jnp.ones((8, 4)), jnp.ones((8, 4))
+    rules = {"(in|out)": P("fsdp")}
+    laid = lora_quax.shard({"in": w, "out": w, "other": other}, mesh_of(), rules)
+    assert laid["in"] is laid["out"]
+    laid = lora_quax.shard({"in": w, "out": w}, mesh_of(), {"in": P("fsdp")})
+    assert [laid[name].sharding.spec for name in ("in", "out")] == [P("fsdp"), P()]
 
 
 def test_an_update_that_is_a_weight_is_laid_out():
@@ -320,6 +427,11 @@ def test_adapters_are_loaded_to_where_bases_lie(kind, tmp_path):
         assert w.a.sharding.spec == P(None, "tp")
         assert w.b.sharding.spec == P("fsdp", None)
         assert eqx.tree_equal(jax.device_get(loaded), jax.device_get(adapted))
+        # Onto one that is adapted already, to where its factors lie.
+        targets = {eqx.nn.Linear: Adapt(spec=WHOLE)}
+        there = loraify(on_mesh, 2, jr.key(2), targets=targets)
+        w = lora_quax.load_adapter(tmp_path / "a.safetensors", there).layers[0].weight
+        assert w.a.sharding.is_fully_replicated and w.b.sharding.is_fully_replicated
         # It is written as off the mesh, with the fingerprint of the same base.
         lora_quax.save_adapter(tmp_path / "b.safetensors", loaded)
         written = [tmp_path / f"{name}.safetensors" for name in "ab"]
@@ -364,3 +476,25 @@ def test_nothing_of_a_base_is_gathered(kind):
     for x, y in zip(jax.tree.leaves(out), jax.tree.leaves(params), strict=True):
         assert jnp.allclose(jax.device_get(x), jax.device_get(y))
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_inside_jit(kind):
+    """A model that is laid out there, and one of outside that is adapted there."""
+    mesh = mesh_of(kind)
+    rules = {"weight": P("fsdp", "tp")}
+    plain = lora_quax.shard(mlp(), mesh, rules)
+    with jax.set_mesh(mesh):
+        arrays, static = eqx.partition(mlp(), eqx.is_array)
+        laid = jax.jit(
+            lambda arrays: eqx.filter(
+                lora_quax.shard(eqx.combine(arrays, static), mesh, rules), eqx.is_array
+            )
+        )(arrays)
+        params = jax.jit(lambda key: lora_quax.partition(loraify(plain, 2, key))[0])(
+            jr.key(1)
+        )
+    w = params.layers[0].weight
+    got = laid.layers[0].weight, w.a, w.b
+    for x, spec in zip(got, (P("fsdp", "tp"), A, B), strict=True):
+        assert x.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)

@@ -11,7 +11,7 @@ from helpers import lora
 from jax import lax
 
 import lora_quax
-from lora_quax import input_moments, Moments
+from lora_quax import input_moments, LoraArray, Moments
 
 
 def _x(*shape, seed=0):
@@ -123,6 +123,35 @@ PROGRAMS = {
 }
 
 
+# Of weights that are kept as `(in, out)`.
+IN_OUT = {
+    "a kernel": (_w(6, 5), lambda w: X @ w, lambda w: X),
+    "kernels, mapped": (
+        _w(6, 5),
+        lambda w: jax.vmap(lambda x: x @ w)(X),
+        lambda w: X,
+    ),
+    "kernels of experts": (
+        _w(3, 6, 5),
+        lambda w: lax.ragged_dot(X[:9], w, GROUPS),
+        _given_experts,
+    ),
+    "a kernel of two axes": (
+        _w(2, 3, 5, rows=2),
+        lambda w: jnp.einsum("thi,hio->to", X.reshape(12, 2, 3), w),
+        lambda w: X,
+    ),
+    "a kernel of a convolution": (
+        _w(3, 4, 5, rows=2),
+        lambda w: lax.conv_general_dilated(
+            IMAGE, w, (1,), "SAME", dimension_numbers=("NCH", "HIO", "NCH")
+        ),
+        lambda w: _patches(IMAGE).reshape(-1, 4, 3).swapaxes(1, 2).reshape(-1, 12),
+    ),
+}
+PROGRAMS |= IN_OUT
+
+
 def _expected(given):
     x = np.asarray(given, np.float64)
     return len(x), x.sum(0), x.T @ x
@@ -131,7 +160,8 @@ def _expected(given):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_what_a_weight_is_given(name):
     w, program, given = PROGRAMS[name]
-    run = eqx.filter_jit(input_moments(lambda m: quax.quaxify(program)(m["w"])))
+    forward = lambda m: quax.quaxify(program)(m["w"])
+    run = eqx.filter_jit(input_moments(forward, in_out="w" if name in IN_OUT else ()))
     found = run({"w": w, "other": 3.0})
     assert found["other"] is None
     found = found["w"]
@@ -176,6 +206,20 @@ def test_batches_are_added_up():
     np.testing.assert_allclose(forward(out, X), forward(model, X), rtol=1e-5, atol=1e-6)
 
 
+def test_dropout_is_away_meanwhile():
+    forward = lambda model, x: quax.quaxify(lambda w, x: x @ w.T)(model["w"], x)
+    w = LoraArray.from_parts(_w(5, 6).base, _w(5, 6).delta, dropout=0.5)
+    found = input_moments(forward)(lora_quax.with_dropout_key({"w": w}, jr.key(0)), X)
+    assert eqx.tree_equal(found, input_moments(forward)({"w": w}, X))
+
+
+def test_of_an_abstract_model():
+    run = input_moments(lambda m, x: quax.quaxify(lambda m, x: x @ m["w"].T)(m, x))
+    model = {"w": _w(5, 6)}
+    types = eqx.filter_eval_shape(lambda m: m, model)
+    assert eqx.tree_equal(run(types, X), eqx.filter_eval_shape(run, model, X))
+
+
 def test_what_nothing_reaches_has_none():
     program = lambda m: (m["w"].T @ X[:, :5].T, lax.stop_gradient(X @ m["w"].T))
     found = input_moments(quax.quaxify(program))({"w": _w(5, 6)})["w"]
@@ -190,6 +234,24 @@ def test_a_derivative_inside_is_refused():
         ValueError, match="takes a derivative of what a weight computes"
     ):
         input_moments(program)(_w(5, 6))
+
+
+def test_no_function():
+    # The second is what the annotation says.
+    with pytest.raises(TypeError, match="takes a function of the model|parameter 'fn'"):
+        input_moments({"w": _w(5, 6)})  # pyright: ignore
+
+
+def test_a_name_of_nothing():
+    with pytest.raises(ValueError, match="'v' of `in_out` is the name of no weight"):
+        input_moments(lambda m: X @ m["w"], in_out=["w", "v"])({"w": _w(6, 5)})
+
+
+@pytest.mark.parametrize("names", [3, None, [3], {"w": True}])
+def test_no_names(names):
+    # The second is what the annotation says.
+    with pytest.raises(TypeError, match="must be names of weights|parameter 'in_out'"):
+        input_moments(lambda m: X @ m["w"], in_out=names)
 
 
 def test_nothing_to_observe():

@@ -215,3 +215,11 @@ def test_a_bias_is_scaled_as_what_its_layer_gives(tmp_path):
     np.testing.assert_allclose(dense(loaded.blocks.bias), scale * base.blocks.bias)
     peft.save(tmp_path / "b", loaded, names=NAMES)
     assert contents(tmp_path / "b")[f"/{WEIGHTS}"] == saved
+
+
+def test_weights_of_one_shape_share_the_factors_of_vera(tmp_path):
+    base = eqx.nn.MLP(6, 6, 6, 2, key=jr.key(0))
+    peft.save(tmp_path, _uneven(loraify(base, 5, jr.key(1), update=VeRA)))
+    loaded = peft.load(tmp_path, base)
+    first, *others = [layer.weight.delta.shared for layer in loaded.layers]
+    assert all(x.a is first.a and x.b is first.b for x in others)

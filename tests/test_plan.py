@@ -198,6 +198,14 @@ TROUBLE = {
     ),
     "base": ({}, ("--base", "int2"), "--base is 'int2', and is to be one of float32,"),
     "checkpoint": ({}, ("--checkpoint", "all"), "--checkpoint is 'all', and is to be"),
+    "rest of tiles": (
+        dict(intermediate_size=800),
+        ("--base", "nf4"),
+        "--base nf4 is in tiles of 64, which are to divide intermediate_size",
+    ),
+    "many words": (dict(vocab_size=2**60), (), "of 2,147,483,647 at most"),
+    "wide heads": (dict(head_dim=2**30), (), "268435455 at most, with 8 heads"),
+    "many tokens": ({}, ("--tokens", str(10**12)), "above 0, and 2,147,483,647 at"),
     "rank": ({}, ("--rank", "0"), "--rank is 0, and is to be above 0"),
     "batch": ({}, ("--batch", "-1"), "--batch is -1"),
     "tokens": ({}, ("--tokens", "0"), "--tokens is 0"),
@@ -221,6 +229,15 @@ def test_a_mesh_of_more_devices_than_jax_has_begun_with(config, capsys):
     code, _, err = run(capsys, config, "--mesh", "dp=4,fsdp=2,tp=4")
     assert code == 2
     assert "is of 32 devices, and JAX has begun with 8" in err
+    many = "--mesh", "dp=999999999", "--batch", "999999999"
+    code, _, err = run(capsys, config, *many)
+    assert code == 2
+    assert "999,999,999 devices, and a program is compiled for 4,096 at most" in err
+    assert run(capsys, config, *many, "--no-compile")[0] == 0
+
+
+def test_spaces_in_a_mesh():
+    assert read_mesh(" dp = 2, tp=4 ") == dict(dp=2, tp=4)
 
 
 # What is compiled.

@@ -57,6 +57,18 @@ class Fields(eqx.Module):
         self.self_attn, self.mlp = SwiGLU(), SwiGLU()
 
 
+class Positions(eqx.Module):
+    """With a convolution for positions beside an MLP that is one by name."""
+
+    position: eqx.nn.Conv1d
+    attn: Attention
+    mlp: SwiGLU
+
+    def __init__(self):
+        self.position = eqx.nn.Conv1d(4, 4, 3, key=jr.key(0))
+        self.attn, self.mlp = Attention(), SwiGLU()
+
+
 class AttentionBlock(eqx.Module):
     """Said by types; the block has a name like that of its attention."""
 
@@ -93,6 +105,7 @@ def multihead():
 _PROJECTIONS = [f"{x}_proj" for x in ("query", "key", "value", "output")]
 BLOCKS = {  # name: a block, its attention, its MLP
     "fields": (Fields, ["self_attn.up"], ["mlp.up"]),
+    "one by name": (Positions, ["attn.q"], ["mlp.up"]),
     "types": (AttentionBlock, ["mixer.q"], ["fc1", "fc2"]),
     "nested": (
         BertLayer,
@@ -135,7 +148,17 @@ def blocks():
     return {"blocks": [Attention(), Attention()], "head": linear()}
 
 
-MEANING_NOTHING = [("attention", mlp), ("mlp", conv), ("mlp", blocks)]
+def stack():
+    make = lambda _: Attention()
+    return {"blocks": eqx.filter_vmap(make)(jnp.arange(2)), "head": linear()}
+
+
+MEANING_NOTHING = [
+    ("attention", mlp),
+    ("mlp", conv),
+    ("mlp", blocks),
+    ("mlp", stack),
+]
 
 
 @pytest.mark.parametrize("preset, model", MEANING_NOTHING)
@@ -169,19 +192,28 @@ class Cell(eqx.Module):
         self.head, self.norm = linear(), eqx.nn.LayerNorm(4)
 
 
+def of_flax():
+    """Parameters as Flax keeps them, one layer in a list."""
+    dense = lambda: {"kernel": jnp.ones((4, 4)), "bias": jnp.zeros(4)}
+    return {"one": dense(), "two": [dense(), dense()]}
+
+
 _GRU = ["gru.bias", "gru.bias_n"]
 BIASES = [
-    ("none", eqx.nn.Linear, []),
-    ("all", eqx.nn.Linear, [*_GRU, "head.bias", "norm.bias"]),
-    ("lora_only", eqx.nn.Linear, ["head.bias"]),
-    ("lora_only", "weight_ih", _GRU),
-    ("all", ["all-linear", ("bias", "freeze")], ["gru.bias_n"]),
+    (Cell, "none", eqx.nn.Linear, []),
+    (Cell, "all", eqx.nn.Linear, [*_GRU, "head.bias", "norm.bias"]),
+    (Cell, "lora_only", eqx.nn.Linear, ["head.bias"]),
+    (Cell, "lora_only", "weight_ih", _GRU),
+    (Cell, "all", ["all-linear", ("bias", "freeze")], ["gru.bias_n"]),
+    (of_flax, "lora_only", "one.kernel", ["one.bias"]),
+    (of_flax, "lora_only", "two.1.kernel", ["two.1.bias"]),
+    (of_flax, "all", "one.kernel", ["one.bias", "two.0.bias", "two.1.bias"]),
 ]
 
 
-@pytest.mark.parametrize("bias, targets, trained", BIASES)
-def test_biases(bias, targets, trained):
-    model = loraify(Cell(), 2, jr.key(1), targets=targets, bias=bias)
+@pytest.mark.parametrize("make, bias, targets, trained", BIASES)
+def test_biases(make, bias, targets, trained):
+    model = loraify(make(), 2, jr.key(1), targets=targets, bias=bias)
     assert list(adapted(model, FullArray)) == trained
 
 
@@ -200,6 +232,9 @@ def test_rank_stabilised_scaling():
     scalings = [layer.weight.delta.scaling for layer in model.layers[:2]]
     assert scalings == [6 / 2, 6 / 3]
     assert model.layers[2].weight.delta.w1.scaling == 6 / 4
+    targets = {eqx.nn.Linear: True, "layers.1": Adapt(rank=9, use_rslora=True)}
+    model = loraify(mlp(), 4, jr.key(1), targets=targets, alpha=6)
+    assert [x.weight.delta.scaling for x in model.layers] == [6 / 4, 6 / 3, 6 / 4]
     plain = loraify(mlp(), 4, jr.key(1), alpha=6, use_rslora=True)
     as_alpha = loraify(mlp(), 4, jr.key(1), alpha=6 * 4**0.5)
     assert eqx.tree_equal(plain, as_alpha)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from processes import finish, started
+from processes import finish, started, where
 
 
 KILLS = int(os.environ.get("KILLS", "2"))
@@ -44,8 +44,9 @@ def live(folder: Path, rng: random.Random, shape: dict) -> None:
         else:
             end = time.monotonic() + 300
             while lines(folder) - before <= steps * len(running):
-                assert all(one.poll() is None for one in running), "it ended by itself"
-                assert time.monotonic() < end, "no step was taken"
+                alive = all(one.poll() is None for one in running)
+                assert alive, f"it ended by itself: {where(running)}"
+                assert time.monotonic() < end, f"no step was taken: {where(running)}"
                 time.sleep(0.01)
             time.sleep(more)
         for one in running if rng.random() < 0.5 else [rng.choice(running)]:

@@ -169,6 +169,10 @@ def test_vera_shares_its_factors():
     np.testing.assert_array_equal(head.b, embedding.b[:8])
     layers = model.layers.weight.delta.shared
     np.testing.assert_array_equal(layers.b, jnp.stack([head.b[:6]] * 3))
+    targets = {"embedding": True, "head": Adapt(dtype=jnp.bfloat16)}
+    mixed = loraify(base, 4, jr.key(1), targets=targets, update=VeRA)
+    types = [x.weight.delta.shared.a.dtype for x in (mixed.embedding, mixed.head)]
+    assert types == [jnp.float32, jnp.bfloat16]
     again = _adapted("vera", base, jr.key(2))
     assert not np.array_equal(again.head.weight.delta.shared.a, head.a)
 

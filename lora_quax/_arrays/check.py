@@ -31,6 +31,11 @@ def aval_of(x) -> Any:
     return x if isinstance(x, ShapedArray) else jax.typeof(x)
 
 
+def is_abstract(tree: Any) -> bool:
+    """Whether there are types in the place of arrays."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
 def check_axes(shape, rows: int, cols: int, *, least: int = 0) -> None:
     """Axes of batch, of rows and of columns, of the last two at least so many."""
     if min(rows, cols) < least or len(shape) < rows + cols:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import quax
 
-from .base import make
+from .base import make, replace
 from .check import aval_of, default_dtype
 from .low_rank import LowRankArray
 
@@ -31,13 +31,38 @@ class Probe(LowRankArray):
     and autodiff takes the sum over every vector, loop, batch and use of the weight. `R`
     is random, and the trace of the last part times `Rᵀ` is how many vectors there were
     that are not zero. What stands with a convolution is a patch of its input.
+
+    A weight that is kept as `(in, out)` is multiplied with data along its rows. There
+    `a` and `b` change places.
     """
 
     form = "probe"
 
-    # How many rows of `a` belong together: weights that are joined have several times
-    # as many.
+    # How many ranks belong together: weights that are joined have several times as
+    # many.
     unit: int = eqx.field(static=True, kw_only=True)
+    in_out: bool = eqx.field(static=True, kw_only=True)
+
+    @property
+    def factor(self) -> jax.Array:
+        """The one of the two that data are multiplied with."""
+        return self.b if self.in_out else self.a
+
+    def with_factor(self, factor: jax.Array) -> "Probe":
+        return replace(self, **{"b" if self.in_out else "a": factor})
+
+    def read(self, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The number of vectors, their sum, and that of their products, `(*batch,)`,
+        `(*batch, n)` and `(*batch, n, n)`, by the gradient of the factor."""
+        n = self.n_batch
+        if self.in_out:
+            gradient = jnp.moveaxis(gradient, -1, n)
+        rows = gradient.reshape(*gradient.shape[: n + 1], -1)
+        size = rows.shape[-1]
+        second, first, rest = jnp.split(rows, [size, size + 1], axis=-2)
+        marks = _marks(size, gradient.dtype)
+        count = jnp.round(jnp.sum(rest * marks, axis=(-2, -1)))
+        return count, first[..., 0, :], second
 
     def between(self, z: Any, axis: int) -> Any:
         if isinstance(z, quax.Value):  # A product of two weights, and no data.
@@ -48,38 +73,33 @@ class Probe(LowRankArray):
         return _recorded(z.reshape(shape), axis + 1).reshape(z.shape)
 
 
-def probe(w: Any, delta: LowRankArray) -> Probe:
+def probe(w: Any, delta: LowRankArray, *, in_out: bool) -> Probe:
     """That in the place of an update."""
     n = delta.n_batch
     batch, row_shape = w.shape[:n], w.shape[n : n + delta.rows]
     col_shape = w.shape[n + delta.rows :]
-    size, dtype = math.prod(col_shape), default_dtype(aval_of(w))
+    size = math.prod(row_shape if in_out else col_shape)
+    dtype = default_dtype(aval_of(w))
     unit = size + 1 + _MARKS
     below = jnp.zeros((1, size), dtype)
-    a = jnp.concatenate([jnp.eye(size, dtype=dtype), below, _marks(size, dtype)])
+    x = jnp.concatenate([jnp.eye(size, dtype=dtype), below, _marks(size, dtype)])
+    a, b = jnp.zeros((unit, *col_shape), dtype), jnp.zeros((*row_shape, unit), dtype)
+    if in_out:
+        b = x.T.reshape(b.shape)
+    else:
+        a = x.reshape(a.shape)
     return make(
         Probe,
-        a=jnp.broadcast_to(a.reshape(unit, *col_shape), (*batch, unit, *col_shape)),
-        b=jnp.zeros((*batch, *row_shape, unit), dtype),
+        a=jnp.broadcast_to(a, (*batch, *a.shape)),
+        b=jnp.broadcast_to(b, (*batch, *b.shape)),
         rank=unit,
         alpha=float(unit),
         rows=delta.rows,
         cols=delta.cols,
         allow_materialise=delta.allow_materialise,
         unit=unit,
+        in_out=in_out,
     )
-
-
-def read(gradient: jax.Array, cols: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The number of vectors, their sum, and that of their products, `(*batch,)`,
-    `(*batch, n)` and `(*batch, n, n)`, by the gradient of a probe's `a`."""
-    axis = gradient.ndim - cols
-    size = math.prod(gradient.shape[axis:])
-    rows = gradient.reshape(*gradient.shape[:axis], size)
-    second, first, rest = jnp.split(rows, [size, size + 1], axis=-2)
-    marks = _marks(size, gradient.dtype)
-    count = jnp.round(jnp.sum(rest * marks, axis=(-2, -1)))
-    return count, first[..., 0, :], second
 
 
 def _marks(size: int, dtype):

@@ -1,5 +1,6 @@
 """`generate`: how a language model goes on, with an adapter or without."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,18 +70,38 @@ def generate(
     ids = _prompt(encoder, prompt, chat, system)
     base = read_base(config)
     encoder.check(base.vocabulary)
+    left = _left(base, ids)
     model = base.model
     if adapter is not None and is_ours:
         model = load_adapter(adapter, model)
     elif adapter is not None:
         model = load(adapter, model, names=base.names)
     stream = needs("tokenizers").decoders.DecodeStream(skip_special_tokens=True)
-    for token in tokens(model, base, ids, max_tokens, sampling):
+    is_full = left < max_tokens
+    for token in tokens(model, base, ids, min(max_tokens, left), sampling):
         if token in encoder.ends:
+            is_full = False
             break
         print(stream.step(encoder.tokenizer, token) or "", end="", flush=True)
     print()
+    if is_full:
+        print(f"The context of {base.context:,} tokens is full.", file=sys.stderr)
     return 0
+
+
+def _left(base: Causal, prompt: np.ndarray) -> int:
+    """How many tokens there is room for after the prompt.
+
+    **Raises:** `ValueError` if there is none.
+    """
+    if base.context is None:
+        return sys.maxsize
+    if len(prompt) >= base.context:
+        raise ValueError(
+            f"The prompt has {len(prompt):,} tokens, and the context of the model is "
+            f"{base.context:,}: it has to be shorter."
+        )
+    return base.context - len(prompt)
 
 
 def _prompt(

@@ -18,7 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jaxtyping import PyTree
 
-from .._arrays.base import BASE, is_adapted, roles
+from .._arrays.base import BASE, FROZEN, is_adapted, roles
 from .._model.dropout import without_key
 from .._model.merge import origin, refuse_partial
 from .._model.paths import dotted, is_value, leaves_of, named
@@ -42,6 +42,7 @@ from .files import (
     write_tensors,
 )
 from .fingerprint import check_base, recorded
+from .repeated import with_repeats, without_repeats
 from .state import check_state, state_leaves, state_names
 from .version_1 import upgraded
 from .whole import written_whole
@@ -90,7 +91,8 @@ def save_adapter(
     The file is in the safetensors format: the factors, the values of arrays trained in
     full and the bases that are not frozen, each in its dtype and named by its path,
     with a description of the adapted weights in the metadata, and a fingerprint of the
-    arrays that they were put around. It is written beside its goal and moved into
+    arrays that they were put around. What does not train, and is the same for several
+    weights, is there once. It is written beside its goal and moved into
     place, so that a file that is there is replaced as a whole or not at all.
 
     **Arguments:**
@@ -117,13 +119,15 @@ def save_adapter(
     with in_step("save_adapter", shared) as said:
         check_state(model, state)
         if shared:
-            said |= described(model) | described({"the state": state})
+            said |= described(model)
+            said |= described({"the state": state, "the base": base})
+            said |= {"check_finite": str(check_finite)}
     if base is not None:
         refuse_changed(model, base)
     adapter = extract(model, state)
-    tensors = {**adapter.tensors, **adapter.state}
     if check_finite:
-        refuse_non_finite(tensors)
+        refuse_non_finite({**adapter.tensors, **adapter.state})
+    tensors, repeats = without_repeats(adapter.tensors, _frozen(model))
     about = {
         "version": VERSION,
         "weights": adapter.weights,
@@ -132,11 +136,13 @@ def save_adapter(
     }
     if adapter.ties:
         about["ties"] = adapter.ties
+    if repeats:
+        about["repeats"] = repeats
     metadata = {_KEY: json.dumps(about, sort_keys=True)}
 
     def write():
         with written_whole(Path(path)) as (new,):
-            write_tensors(new, tensors, metadata)
+            write_tensors(new, {**tensors, **adapter.state}, metadata)
 
     once("save_adapter", shared, write)
 
@@ -178,12 +184,14 @@ def load_adapter(
             said |= described({"the file": adapter.tensors | adapter.state})
             about = [adapter.weights, adapter.base, adapter.ties]
             about = json.dumps(about, sort_keys=True).encode()
-            said |= {"the description": digest(about)}
+            said |= {"the description": digest(about), "same_base": str(same_base)}
     check_base(path, adapter.base, model, same_base)
+    # One array for leaves that have their numbers in common.
+    arrays = {id(x): jnp.asarray(x) for x in adapter.tensors.values()}
     params = jtu.tree_map_with_path(
-        lambda keys, _: jnp.asarray(adapter.tensors[dotted(keys)]), params
+        lambda keys, _: arrays[id(adapter.tensors[dotted(keys)])], params
     )
-    model = all_beside_bases(eqx.combine(params, rest))
+    model = all_beside_bases(eqx.combine(params, rest), model)
     if state is None:
         return model
     new = [jnp.asarray(adapter.state[name]) for name in called]
@@ -273,6 +281,12 @@ def written(model: PyTree) -> tuple[PyTree, PyTree]:
     return eqx.partition(model, spec)
 
 
+def _frozen(model: PyTree) -> list[str]:
+    """The paths of what is written and does not train."""
+    found = jtu.tree_flatten_with_path(roles(model))[0]
+    return sorted(dotted(keys) for keys, name in found if name == FROZEN)
+
+
 def read_adapter(path: str | os.PathLike) -> Adapter:
     """What is in a file that `save_adapter` wrote.
 
@@ -294,6 +308,7 @@ def read_adapter(path: str | os.PathLike) -> Adapter:
         if type(version) is not int or version < 1 or not isinstance(weights, dict):
             raise TypeError(f"it is of version {version!r:.40}")
         state = {name: tensors.pop(name) for name in about.get("state", [])}
+        tensors = with_repeats(tensors, about.get("repeats", {}))
     except (KeyError, TypeError, ValueError) as e:
         raise AdapterError(f"{path}: its description cannot be read: {said(e)}.") from e
     if not weights and version <= VERSION:

@@ -16,7 +16,7 @@ from jaxtyping import DTypeLike, PyTree
 from .._arrays.check import check_float_dtype
 from .._model.names import Names
 from .._model.paths import named
-from .._model.together import described, in_step, is_shared, is_writer
+from .._model.together import described, in_step, is_on_all, is_shared, is_writer
 from .exchange import cast, same_bits, to_numpy, too_wide
 from .files import AdapterError, refuse, refuse_type, TensorFile, write_tensors
 from .places import is_array, Place, places_of
@@ -72,10 +72,12 @@ def save_model(
     cannot be written. What was there is still there then.
     """
     path = Path(path)
-    if not max_shard_size > 0:
-        raise ValueError(f"`max_shard_size` must be positive, got {max_shard_size!r}.")
     shared = is_shared(model)
     with in_step("save_model", shared) as said:
+        if not max_shard_size > 0:
+            raise ValueError(
+                f"`max_shard_size` must be positive, got {max_shard_size!r}."
+            )
         places = places_of(model, names)
         wanted = _float_type(dtype)
         if shared:
@@ -169,17 +171,43 @@ def load_model(
         them that is a prefix of `like`. Of the files each device reads its part alone.
         By default an array has the sharding that it has in `like`, if it has one there.
 
+    Where several processes are to hold the model, each has to call this, and an error
+    of one is an error of all.
+
     **Returns:** the model. `like` is not changed.
 
     **Raises:** `AdapterError`, which lists everything that is wrong, if a tensor is
     missing, unexpected, or of another shape or type, or if a file is damaged;
     `FileNotFoundError`; `ValueError` if `like` is adapted or quantised, or `names`
     matches nothing;
-    `OverflowError` if a number is too large for `dtype`.
+    `OverflowError` if a number is too large for `dtype`; `ValueError` if the processes
+    disagree about the model or its layout.
     """
     path, wanted = Path(path), _float_type(dtype)
-    places = places_of(like, names)
     shardings = _shardings(like, sharding)
+    shared = any([x is not None and is_on_all(x) for x in {*shardings}])
+    with in_step("load_model", shared) as said:
+        places = places_of(like, names)
+        loaded = _loaded(path, places, shardings, wanted)
+        if shared:
+            paths = [place.path for place in places]
+            said |= described(dict(zip(paths, loaded)))
+    leaves, treedef = jax.tree.flatten(like)
+    rest = iter(loaded)
+    leaves = [next(rest) if is_array(x) else x for x in leaves]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _loaded(
+    path: Path,
+    places: list[Place],
+    shardings: list[jax.sharding.Sharding | None],
+    wanted: np.dtype | None,
+) -> list[jax.Array]:
+    """The array at each place.
+
+    **Raises:** as `load_model`.
+    """
     with open_model(path) as files:
         _refuse_misfit(path, places, files, wanted)
         arrays: dict[tuple, jax.Array] = {}
@@ -191,10 +219,7 @@ def load_model(
             if key not in arrays:
                 arrays[key] = _read(place, files, to, where)
             loaded.append(arrays[key])
-    leaves, treedef = jax.tree.flatten(like)
-    rest = iter(loaded)
-    leaves = [next(rest) if is_array(x) else x for x in leaves]
-    return jax.tree.unflatten(treedef, leaves)
+    return loaded
 
 
 def _float_type(dtype: DTypeLike | None) -> np.dtype | None:

@@ -18,7 +18,7 @@ from .._arrays.base import (
     make,
     role,
 )
-from .._arrays.check import aval_of, check_flag, default_dtype
+from .._arrays.check import aval_of, check_flag, default_dtype, is_abstract
 from .._arrays.lora import LoraArray
 from .._arrays.scaled import ScaledArray
 from .._arrays.show import show
@@ -76,9 +76,8 @@ class DoRA(AdaptedArray):
         self.lora = lora
         self.per = per
         self.detached = check_flag("detached", detached)
-        leaves = jax.tree.leaves(lora)
-        abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
-        run = ft.partial(eqx.filter_eval_shape, _norms) if abstract else _norms_jit
+        abstract = ft.partial(eqx.filter_eval_shape, _norms)
+        run = abstract if is_abstract(lora) else _norms_jit
         self.magnitude = run(lora, per)
 
     def __check_init__(self):

@@ -29,7 +29,7 @@ class VeRA(AbstractDelta):
 
     The weights that one call of `loraify` adapts share the factors: those of the
     largest of them, of which a smaller one has the first columns and rows, so that
-    arrays of one shape are one array. An adapter's file has them, for each weight.
+    arrays of one shape are one array. An adapter's file has each of these once.
 
     Kopiczko et al., *VeRA: Vector-based Random Matrix Adaptation*, arXiv 2310.11454.
     """

@@ -24,6 +24,7 @@ from .._arrays.check import (
     check_number,
     check_rank,
     default_dtype,
+    is_abstract,
 )
 from ..init import Initialiser
 from .paths import Leaf, named
@@ -75,12 +76,11 @@ def plan_of(leaf: Leaf, spec: Adapt, defaults: Adapt, update: Any, policy) -> Pl
                 "it, or leave `use_rslora` out."
             )
         known["alpha"] *= math.sqrt(known["rank"])
-    inner = jax.tree.leaves(leaf.value)
     return Plan(
         shape=tuple(aval.shape),
         update=update,
         told=tuple(form.told(known).items()),
-        abstract=any(isinstance(x, jax.ShapeDtypeStruct) for x in inner),
+        abstract=is_abstract(leaf.value),
     )
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import quax
 from jax.core import Tracer
 
 from .._arrays.check import check_key, check_number
 from .._arrays.lora import LoraArray
 from .moments import Moments
+from .paths import is_float
 
 
 _WAYS = {
@@ -50,29 +50,46 @@ def refuse_base(where: str, w: LoraArray, why: str) -> None:
 
 
 def check_moments(where: str, w: LoraArray, found: Any) -> None:
-    n = math.prod(w.shape[w.n_batch + w.delta.rows :])
-    wanted = (*w.shape[: w.n_batch], n, n)
-    if not isinstance(found, Moments) or found.second.shape != wanted:
+    batch, axes = w.shape[: w.n_batch], w.shape[w.n_batch :]
+    rows, cols = axes[: w.delta.rows], axes[w.delta.rows :]
+    in_out = isinstance(found, Moments) and found.in_out
+    n = math.prod(rows if in_out else cols)
+    wanted = [batch, (*batch, n), (*batch, n, n)]
+    if not isinstance(found, Moments) or _shapes(found) != wanted:
         raise ValueError(
-            f"`moments` must have `Moments` of shape {wanted} for {where}, as "
-            f"`input_moments` of this model gives; got {found!r:.80}."
+            "`moments` must have `Moments` with arrays of shapes "
+            f"{', '.join(map(str, wanted))} for {where}, as `input_moments` of this "
+            f"model gives; got {found!r:.80}."
         )
     _check_finite("moments", where, found)
-    if _is_known(found) and not np.any(np.asarray(found.count)):
+    if _is_known(found) and not bool(jnp.any(found.count)):
+        side = "rows" if in_out else "columns"
+        way_out = "not name it" if in_out else "if it is kept as (in, out), name it"
         raise ValueError(
             f"`moments` has no vector for {where}: no data were multiplied with it on "
-            "the side of its columns, or what it computes does not reach the outputs "
-            "of the function. Give it such data, or leave it out of `targets`."
+            f"the side of its {side}, or what it computes does not reach the outputs "
+            f"of the function. Give it such data; or {way_out} in `in_out` of "
+            "`input_moments`; or leave it out of `targets`."
         )
 
 
 def check_gradient(where: str, w: LoraArray, found: Any) -> None:
-    if getattr(found, "shape", None) != w.shape:
+    if _shapes(found) != [w.shape] or not is_float(found):
         raise ValueError(
-            f"`gradients` must have an array of shape {w.shape} for {where}; got "
-            f"{found!r:.80}. It is the gradient with respect to the plain model."
+            f"`gradients` must have a floating-point array of shape {w.shape} for "
+            f"{where}; got {found!r:.80}. It is the gradient with respect to the plain "
+            "model."
         )
     _check_finite("gradients", where, found)
+    if _is_known(found) and not jnp.any(found):
+        raise ValueError(
+            f"`gradients` has only zeros for {where}: the loss does not depend on it. "
+            "Take a loss that does, or leave it out of `targets`."
+        )
+
+
+def _shapes(tree: Any) -> list[tuple[int, ...] | None]:
+    return [getattr(x, "shape", None) for x in jax.tree.leaves(tree)]
 
 
 def _check_finite(name: str, where: str, found: Any) -> None:

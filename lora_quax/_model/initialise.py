@@ -17,7 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._arrays.base import dense, is_adapted, replace
-from .._arrays.check import wider
+from .._arrays.check import is_abstract, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from . import factors
@@ -30,6 +30,7 @@ from .given import (
     refuse_base,
     refuse_unknown,
 )
+from .lay import laid_as
 from .shares import shares
 
 
@@ -124,7 +125,7 @@ def initialise(
     finite, or have nothing for a weight; if `rho` leaves no rank for the update inside
     of a `DoRA`.
     """
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}.")
     given = dict(key=key, moments=moments, gradients=gradients)
@@ -167,9 +168,10 @@ def initialise(
         if not rank:
             return w.base
         own_key = None if key is None else jr.fold_in(key, word[0])
-        run = _abstract_initialised if _is_abstract((w, own)) else _initialised
+        run = _abstract_initialised if is_abstract((w, own)) else _initialised
         delta, base = run(w, own, own_key, method, rank)
-        return replace(w, base=w.base if base is None else base, delta=delta)
+        base = w.base if base is None else laid_as(base, w.base)
+        return replace(w, base=base, delta=laid_as(delta, w.delta))
 
     return on_each(model, change, data)
 
@@ -192,6 +194,10 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     wide = wider(of.dtype, jnp.float32)
     sizes = [math.prod(shape) for shape in (batch, row_shape, col_shape)]
     matrices = _whole(of.astype(wide)).reshape(sizes)
+    # A method is given the matrix that data are multiplied with from the right.
+    turned = getattr(data, "in_out", False)
+    if turned:
+        matrices = jnp.swapaxes(matrices, 1, 2)
     keys = jr.split(jr.key(0) if key is None else key, len(matrices))
     if method == "lora-ga":
         data = _whole(data).reshape(sizes)
@@ -200,6 +206,8 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
     find = ft.partial(_METHODS[method].find, rank=rank, scaling=old.scaling)
     of_one = lambda matrix, own, key: find(matrix, own, key=key)
     b, a = jax.vmap(of_one)(matrices, data, keys)
+    if turned:
+        b, a = jnp.swapaxes(a, 1, 2), jnp.swapaxes(b, 1, 2)
     missing = rank - b.shape[-1]  # A rank beyond that of the matrix.
     b = jnp.pad(b, ((0, 0), (0, 0), (0, missing)))
     missing = rank - a.shape[-2]
@@ -216,23 +224,15 @@ def update_of(w: LoraArray, of, data: Any, key, method: str, rank: int) -> LowRa
 def less_update(base, delta: LowRankArray):
     wide = wider(base.dtype, jnp.float32)
     update = delta.product().astype(wide)
-    return (base.astype(wide) - _placed(update, base)).astype(base.dtype)
-
-
-# On a mesh with explicit axes decompositions are of whole matrices alone.
+    return (base.astype(wide) - laid_as(update, base)).astype(base.dtype)
 
 
 def _whole(x):
+    """On a mesh with explicit axes decompositions are of whole matrices alone."""
     sharding = jax.typeof(x).sharding
     if AxisType.Explicit not in sharding.mesh.axis_types:
         return x
     return jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _placed(x, like):
-    sharding = jax.typeof(like).sharding
-    explicit = AxisType.Explicit in sharding.mesh.axis_types
-    return jax.reshard(x, sharding) if explicit else x
 
 
 def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
@@ -243,7 +243,3 @@ def _initialise(w: LoraArray, data: Any, key, method: str, rank: int):
 
 _initialised = eqx.filter_jit(_initialise)
 _abstract_initialised = ft.partial(eqx.filter_eval_shape, _initialise)
-
-
-def _is_abstract(tree: Any) -> bool:
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))

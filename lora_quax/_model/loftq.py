@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._arrays.base import dense, replace
-from .._arrays.check import check_count, wider
+from .._arrays.check import check_count, is_abstract, wider
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
 from .each import on_each
 from .given import refuse_base
 from .initialise import less_update, update_of
+from .lay import laid_as
 from .quantise import check_codec, Kind, quantised
 
 
@@ -24,7 +25,7 @@ def loftq(
 
     **Arguments:**
 
-    - `model`: a model with `LoraArray`s around plain arrays.
+    - `model`: a model with `LoraArray`s around plain arrays, abstract or not.
     - `kind`, `tile`: as for `quantise`.
     - `steps`: how often.
 
@@ -38,14 +39,20 @@ def loftq(
 
     def change(where: str, w: LoraArray, *_) -> LoraArray:
         refuse_base(where, w, "the base is to be quantised")
+        run = eqx.filter_eval_shape if is_abstract(w) else _called
         out, rest = w, w.base
         for _ in range(steps):
             base = quantised(where, rest, w.delta.cols, kind, tile)
-            out = replace(w, base=base, delta=_best_update(w, base))
-            rest = less_update(w.base, out.delta)
+            delta = laid_as(run(_best_update, w, base), w.delta)
+            out = replace(w, base=base, delta=delta)
+            rest = laid_as(run(less_update, w.base, delta), w.base)
         return out
 
     return on_each(model, change)
+
+
+def _called(fn, *args):
+    return fn(*args)
 
 
 @eqx.filter_jit

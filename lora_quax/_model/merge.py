@@ -23,9 +23,10 @@ from .._arrays.base import (
     roles,
     with_base,
 )
-from .._arrays.check import wider
+from .._arrays.check import is_abstract, wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.scaled import ScaledArray, times
+from .lay import all_on, laid_as, sharding_of_weight
 from .paths import dotted, join, named
 
 
@@ -60,9 +61,9 @@ def merge(model: PyTree, *, donate: bool = False, check_finite: bool = False) ->
             return lower(x)
         base = base_of(x)
         once = all(seen[id(y)] == 1 for y in jax.tree.leaves(base))
-        if donate and once and not is_adapted(base):
-            return _run_donating(x, base)
-        return _run(x)
+        sharding = None if base is None else sharding_of_weight(base)
+        is_freed = donate and once and not is_adapted(base)
+        return all_on(_run_donating(x, base) if is_freed else _run(x), sharding)
 
     return jax.tree.unflatten(
         treedef, [merged(x) if is_adapted(x) else x for _, x in leaves]
@@ -163,7 +164,8 @@ def _merged(x):
     """The dense array, in which a zero update leaves no trace."""
     x = lower(x)
     if isinstance(x, LoraArray):
-        return _sum(_merged(x.frozen_base()), x.delta.lower().product())
+        base = _merged(x.frozen_base())
+        return _sum(base, laid_as(x.delta.lower().product(), base))
     if isinstance(x, ScaledArray):  # Rounded once, to the type of the base.
         wide = wider(x.dtype, x.scale.dtype)
         base = quax.quaxify(lambda y: y.astype(wide))(x.frozen_base())
@@ -180,7 +182,7 @@ def _merged_donating(x, base):
 
 
 def _run(x):
-    if any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x)):
+    if is_abstract(x):
         return eqx.filter_eval_shape(_merged, x)
     return _merged_jit(x)
 

@@ -85,11 +85,11 @@ class Leaf(NamedTuple):
 
     @property
     def home(self) -> str:
-        """The path of the layer, or else of the module, that it belongs to."""
+        """The path of the layer, or else of the module or dictionary, that has it."""
         if self.layer is not None:
             return self.layer[0]
-        holders = [p for p, x in self.modules if not isinstance(x, list | tuple | dict)]
-        return holders[-1] if holders else ""
+        homes = [path for path, x in self.modules if not isinstance(x, list | tuple)]
+        return homes[-1] if homes else ""
 
     @property
     def is_bias(self) -> bool:

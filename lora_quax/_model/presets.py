@@ -2,13 +2,14 @@
 
 What a module does is read off the name of its type, or of the field that holds it, of
 which the end says it: `MultiheadAttention`, `self_attn`, `SwiGLU` in the field `mlp`.
-Families of models agree in these, if in nothing else. What stands beside an attention
-in its block is taken for its MLP, whatever it is called.
+Families of models agree in these, if in nothing else. Where a block has no MLP by name,
+what stands beside its attention is taken for one, whatever it is called.
 """
 
 import re
 from collections.abc import Callable, Sequence
 
+from .._arrays.check import aval_of
 from .paths import is_linear, Leaf
 
 
@@ -18,15 +19,18 @@ _MLP = re.compile(r"(mlp|ffn|feed_?forward)(_?\d+d?)?$", re.IGNORECASE)
 
 
 def _attention(leaves: Sequence[Leaf]) -> set[str]:
-    return _outermost(_ATTENTION, leaves)
+    return _called(_ATTENTION, leaves)
 
 
 def _mlp(leaves: Sequence[Leaf]) -> set[str]:
-    attention = _outermost(_ATTENTION, leaves)
+    attention = _called(_ATTENTION, leaves)
     outside = [leaf for leaf in leaves if is_linear(leaf) and not _in(leaf, attention)]
-    out = _outermost(_MLP, outside)
+    named = _called(_MLP, outside)
+    out = set(named)
     for path in attention:
-        out |= _beside(path, leaves, outside)
+        beside = _beside(path, leaves, outside)
+        if not any(_in(leaf, named) for leaf in beside):
+            out |= {leaf.layer[0] for leaf in beside if leaf.layer}
     return out
 
 
@@ -38,32 +42,37 @@ PRESETS: dict[str, Callable[[Sequence[Leaf]], set[str]]] = {
 a preset means."""
 
 
-def _outermost(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
-    """The modules that are called so and are in no other one that is."""
-    out = set()
-    for leaf in leaves:
-        for path, module in leaf.modules:
-            field = path.rpartition(".")[2]
-            if name.search(field) or name.search(type(module).__name__):
-                out.add(path)
-                break
-    return out
+def _called(name: re.Pattern, leaves: Sequence[Leaf]) -> set[str]:
+    """The modules of which the field or the type is called so."""
+    return {
+        path
+        for leaf in leaves
+        for path, module in leaf.modules
+        if name.search(path.rpartition(".")[2]) or name.search(type(module).__name__)
+    }
 
 
-def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> set[str]:
+def _beside(attention: str, leaves: Sequence[Leaf], outside: list[Leaf]) -> list[Leaf]:
     """The linear layers beside an attention in the smallest module that has any.
 
-    Beyond a list of blocks there is no looking: a head is no MLP.
+    Beyond a list of blocks, or a stack, there is no looking: a head is no MLP.
     """
-    around = next(leaf.modules for leaf in leaves if _in(leaf, {attention}))
+    inside = [leaf for leaf in leaves if _in(leaf, {attention})]
+    stacked = {_stacked(leaf) for leaf in inside if is_linear(leaf)}
+    around = inside[0].modules
     paths = [path for path, _ in around]
     for block, module in reversed(around[: paths.index(attention)]):
-        layers = {
-            leaf.layer[0] for leaf in outside if leaf.layer and _in(leaf, {block})
-        }
-        if layers or isinstance(module, list | tuple):
-            return layers
-    return set()
+        found = [leaf for leaf in outside if _in(leaf, {block})]
+        if stacked and any(_stacked(leaf) not in stacked for leaf in found):
+            return []
+        if found or isinstance(module, list | tuple):
+            return found
+    return []
+
+
+def _stacked(leaf: Leaf) -> int:
+    """How many axes of a stack a layer's weight has."""
+    return 0 if leaf.value is None else aval_of(leaf.value).ndim - sum(leaf.axes)
 
 
 def _in(leaf: Leaf, modules: set[str]) -> bool:

@@ -10,8 +10,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.check import aval_of, check_count
+from .._arrays.check import aval_of, check_count, is_abstract
 from .._arrays.quantised import QuantisedArray
+from .lay import all_on, laid_out, sharding_of
 from .paths import is_value, named
 from .select import select
 from .targets import Adapt, Targets
@@ -106,16 +107,11 @@ def dequantise(model: PyTree) -> PyTree:
 
 
 def _decode(x: QuantisedArray) -> Any:
-    if _is_abstract(x):
-        return eqx.filter_eval_shape(QuantisedArray.materialise, x)
-    return _decode_jit(x)
+    run = ft.partial(eqx.filter_eval_shape, QuantisedArray.materialise)
+    return all_on((run if is_abstract(x) else _decode_jit)(x), sharding_of(x.codes))
 
 
 _decode_jit = eqx.filter_jit(QuantisedArray.materialise)
-
-
-def _is_abstract(x) -> bool:
-    return any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x))
 
 
 def check_codec(kind: str, tile: int | None) -> None:
@@ -151,8 +147,8 @@ def quantised(where: str, x: Any, cols: int, kind: str, tile: int | None) -> Any
     if isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer):
         if not bool(jnp.isfinite(x).all()):
             raise ValueError(f"{where} has infinities or NaNs, which no kind has.")
-    run = ft.partial(eqx.filter_eval_shape, _encode) if _is_abstract(x) else _encode_jit
-    return run(x, kind, first, size)
+    run = ft.partial(eqx.filter_eval_shape, _encode) if is_abstract(x) else _encode_jit
+    return laid_out(where, run(x, kind, first, size), sharding_of(x))
 
 
 def _encode(x, kind: str, first: int, tile: int) -> QuantisedArray:
@@ -162,12 +158,13 @@ def _encode(x, kind: str, first: int, tile: int) -> QuantisedArray:
         raise ImportError(
             "`lora_quax.quantise` needs qwix: `pip install 'lora_quax[quantised]'`."
         ) from e
-    found = qwix.quantize(
-        x.astype(jnp.float32),
-        kind if kind == "nf4" else jnp.dtype(kind),
-        channelwise_axes=range(first),
-        tiled_axes={first: tile},
-    )
+    dtype = kind if kind == "nf4" else jnp.dtype(kind)
+    encode = lambda row: qwix.quantize(row, dtype, tiled_axes={0: tile})
+    # For NF4 it flattens what it is given. Of a row that moves no number of a weight
+    # that is split along several axes of a mesh.
+    for _ in range(first):
+        encode = jax.vmap(encode)
+    found = encode(x.astype(jnp.float32))
     return QuantisedArray(found.qvalue, found.scale, kind=kind, dtype=x.dtype)
 
 

@@ -12,8 +12,11 @@ from jaxtyping import PyTree
 from .._arrays.base import is_adapted, replace
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
+from .dropout import without_key
 from .each import low_rank
+from .initialise import less_update
 from .paths import dotted, named
+from .together import whole
 
 
 def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
@@ -29,7 +32,7 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
 
     **Arguments:**
 
-    - `model`: the trained model.
+    - `model`: the trained model. A key of dropout is left away.
     - `initial`: the model as `initialise` gave it.
     - `plain`: the model that `loraify` was given.
 
@@ -37,6 +40,8 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
 
     **Raises:** `ValueError` if the three do not belong together.
     """
+
+    model, initial = without_key(model), without_key(initial)
 
     def change(where: str, w: LoraArray, first: Any, base: Any) -> LoraArray:
         alike = isinstance(first, LoraArray) and isinstance(first.delta, LowRankArray)
@@ -89,14 +94,14 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
 
 def _is_same(x, y) -> bool:
     pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True)
-    return all(u is v or np.array_equal(u, v) for u, v in pairs)
+    return all(u is v or np.array_equal(whole(u), whole(v)) for u, v in pairs)
 
 
 def _is_before(base, first: LoraArray) -> bool:
-    """Whether a base with its first update is what the weight was, but for rounding."""
+    """Whether a weight less its first update is what its base is, but for rounding."""
     if getattr(base, "shape", None) != first.shape or not eqx.is_array(base):
         return False
-    error = np.abs(np.asarray(first.dense() - base, np.float64)).max(initial=0)
-    scale = np.abs(np.asarray(first.base, np.float64)).max(initial=0)
-    scale += np.abs(np.asarray(base, np.float64)).max(initial=0)
-    return bool(error <= 100 * float(jnp.finfo(base.dtype).eps) * scale)
+    largest = lambda x: float(jnp.abs(x).max(initial=0))
+    error = largest(less_update(base, first.delta) - first.base)
+    scale = largest(first.base) + largest(base)
+    return error <= 100 * float(jnp.finfo(base.dtype).eps) * scale

@@ -4,24 +4,21 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.tree_util as jtu
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from .._arrays.base import base_of, with_base
-from .._arrays.check import aval_of
-from .._rules.leaves import leaf_shardings
+from .._arrays.check import aval_of, is_abstract
+from .lay import check_spec, laid_out
 from .paths import is_array, is_value, join, Leaf, leaves_of, named
-from .placed import beside_base, check_spec, has_base, put_on
+from .placed import beside_base, has_base
 from .select import nearest
 from .targets import read_pattern
-from .together import described, in_step
+from .together import described, in_step, is_on_all, said_of
 
 
-def shard(
-    model: PyTree, mesh: Mesh | AbstractMesh, rules: Mapping[Any, PartitionSpec]
-) -> PyTree:
+def shard(model: PyTree, mesh: Mesh | AbstractMesh, rules: Mapping[Any, Any]) -> PyTree:
     """Lays the arrays of a model out on a mesh. The model is not changed.
 
     ```python
@@ -55,21 +52,44 @@ def shard(
     **Returns:** the model, all of its arrays on the mesh.
 
     **Raises:** `ValueError` if a rule means no array; or names an axis that the mesh
-    has not, or one that does not divide the array.
+    has not, or one that does not divide the array; if the mesh has devices of several
+    processes, and not of all. `TypeError` if a rule is not from a name or expression to
+    a `PartitionSpec`; or if the mesh is abstract, and the model is not.
     """
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shared = isinstance(mesh, Mesh) and not everywhere.is_fully_addressable
+    shared = isinstance(mesh, Mesh) and is_on_all(everywhere)
     with in_step("shard", shared) as said:
         specs = _specs(model, mesh, rules)
+        if not isinstance(mesh, Mesh):
+            _refuse_concrete(model)
         if shared:
-            said |= described(model) | {"mesh": str(mesh)}
+            said |= described(model) | {"mesh": f"{mesh}, {said_of(mesh)}"}
             said |= {f"rule {target!r}": str(spec) for target, spec in rules.items()}
+            said |= {"the order of the rules": str([*rules])}
     leaves, treedef = jtu.tree_flatten(model, is_leaf=is_value)
-    laid = [
-        _laid(leaf.path, x, NamedSharding(mesh, spec)) if is_array(x) else x
+    done: dict[tuple, Any] = {}
+
+    def laid(path: str, x: Any, spec: PartitionSpec) -> Any:
+        # What is in two places, as where weights are tied, stays one.
+        key = spec, jtu.tree_structure(x), *map(id, jtu.tree_leaves(x))
+        if key not in done:
+            done[key] = _laid(path, x, NamedSharding(mesh, spec))
+        return done[key]
+
+    out = [
+        laid(leaf.path, x, spec) if is_array(x) else x
         for leaf, x, spec in zip(leaves_of(model), leaves, specs, strict=True)
     ]
-    return jtu.tree_unflatten(treedef, laid)
+    return jtu.tree_unflatten(treedef, out)
+
+
+def _refuse_concrete(model: PyTree) -> None:
+    for path, x, *_ in leaves_of(model):
+        if is_array(x) and not is_abstract(x):
+            raise TypeError(
+                f"The mesh is abstract, and {named(path)} is not, so that there is no "
+                "device to put it on. Give a `jax.sharding.Mesh`."
+            )
 
 
 def _specs(model: PyTree, mesh: Mesh | AbstractMesh, rules) -> list[PartitionSpec]:
@@ -77,6 +97,15 @@ def _specs(model: PyTree, mesh: Mesh | AbstractMesh, rules) -> list[PartitionSpe
     places = leaves_of(model)
     specs = [PartitionSpec()] * len(places)
     for target, spec in rules.items():
+        if not isinstance(target, str | re.Pattern):
+            raise TypeError(
+                f"A rule is for a name or a regular expression, got {target!r}."
+            )
+        if not isinstance(spec, PartitionSpec):
+            raise TypeError(
+                f"The rule {target!r} must say a `jax.sharding.PartitionSpec`, got "
+                f"{spec!r}."
+            )
         pattern, _ = read_pattern(target)
         meant = [i for i, leaf in enumerate(places) if _means(pattern, leaf)]
         if not meant:
@@ -103,11 +132,4 @@ def _laid(path: str, x: Any, sharding: NamedSharding) -> Any:
     if has_base(x):
         base = _laid(path, base_of(x), sharding)
         return beside_base(path, with_base(x, base), None)
-    if not is_value(x):
-        return put_on(x, sharding)
-    leaves, treedef = jax.tree.flatten(x)
-    shardings = leaf_shardings(x, sharding)
-    for leaf, of_leaf in zip(leaves, shardings):  # Such as the scales of its tiles.
-        what = f"A part of {named(path)}, which is a {type(x).__name__}"
-        check_spec(what, of_leaf.spec, leaf.shape, sharding.mesh)
-    return jax.tree.unflatten(treedef, map(put_on, leaves, shardings))
+    return laid_out(named(path), x, sharding)

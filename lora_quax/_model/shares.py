@@ -4,6 +4,7 @@ import numpy as np
 
 from .._arrays.lora import LoraArray
 from .moments import Moments
+from .together import whole
 
 
 def shares(weights: list[LoraArray], moments: list[Moments], rho: float) -> list[int]:
@@ -32,7 +33,7 @@ def _stacked(w: LoraArray) -> int:
 
 def _explained(moments: Moments) -> np.ndarray:
     """The part of the variance that each component explains, the largest first."""
-    covariance = np.asarray(moments.covariance(), np.float64)
+    covariance = whole(moments.covariance()).astype(np.float64)
     values = np.linalg.eigvalsh(covariance)[..., ::-1].clip(0)
     parts = values / np.maximum(values.sum(-1, keepdims=True), np.finfo(float).tiny)
     return parts.reshape(-1, parts.shape[-1]).mean(0)

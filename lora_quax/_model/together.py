@@ -7,6 +7,7 @@ about to do.
 """
 
 import contextlib
+import functools as ft
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import jax.tree_util as jtu
 import numpy as np
 from jax.core import Tracer
 from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AbstractMesh, Mesh, Sharding
 from jaxtyping import PyTree
 
 from .paths import dotted
@@ -27,12 +29,34 @@ _LINES = 8  # Of a message.
 
 
 def is_shared(tree: PyTree) -> bool:
-    """Whether several processes hold arrays of a tree."""
+    """Whether the processes hold arrays of a tree together.
+
+    **Raises:** as `is_on_all`.
+    """
     leaves = jax.tree.leaves(tree)
     if any(isinstance(x, Tracer) for x in leaves):  # They are traced as one program.
         return False
     arrays = (x for x in leaves if isinstance(x, jax.Array))
-    return any(not x.is_fully_addressable for x in arrays)
+    found = {x.sharding for x in arrays if not x.is_fully_addressable}
+    return any([is_on_all(sharding) for sharding in found])
+
+
+def is_on_all(sharding: Sharding) -> bool:
+    """Whether something lies on devices of all processes, and not on those of one.
+
+    **Raises:** `ValueError` if it lies on devices of some, of which nobody could tell
+    whether they all call.
+    """
+    if sharding.is_fully_addressable:
+        return False
+    found, n = {d.process_index for d in sharding.device_set}, jax.process_count()
+    if n > 1 and len(found) < n:
+        raise ValueError(
+            f"The mesh has devices of the processes {sorted(found)}, and there are {n} "
+            "processes. What several hold has to lie on a mesh with devices of all of "
+            "them, and what one holds, on its own devices alone."
+        )
+    return True
 
 
 def whole(x: Any) -> np.ndarray:
@@ -53,12 +77,23 @@ def _described(x: Any) -> str:
     out = f"{x.dtype.name}[{','.join(map(str, x.shape))}]"
     sharding = getattr(x, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-        out += f" split as {sharding.spec} on {dict(sharding.mesh.shape)}"
+        out += f" split as {sharding.spec} on {said_of(sharding.mesh)}"
     if isinstance(x, jax.ShapeDtypeStruct) or is_shared(x):
         return out
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     return f"{out} with the digest {digest(np.asarray(x).tobytes())}"
+
+
+@ft.cache
+def said_of(mesh: Mesh | AbstractMesh) -> str:
+    """The axes of a mesh, and its devices, if they are in an order of their own."""
+    out = str(dict(mesh.shape))
+    ids = [d.id for d in mesh.devices.flat] if isinstance(mesh, Mesh) else []
+    if ids == sorted(ids):
+        return out
+    order = f"{ids}" if len(ids) <= _LINES else digest(str(ids).encode())
+    return f"{out} of devices in the order {order}"
 
 
 def digest(x: bytes) -> str:

@@ -82,11 +82,11 @@ def load(
     there is no such adapter. `ValueError` if `names` or `transposed` matches nothing.
     `TypeError` if `dtype` is no floating-point type.
     """
-    if dtype is not None:
-        dtype = check_float_dtype(dtype)
-    folder = folder_of(directory, adapter_name)
     shared = is_shared(model)
     with in_step("peft.load", shared) as said:
+        if dtype is not None:
+            dtype = check_float_dtype(dtype)
+        folder = folder_of(directory, adapter_name)
         form = form_in(folder)
         adapter = (
             read(directory, adapter_name, ignore)
@@ -95,6 +95,7 @@ def load(
         )
         if shared:
             said |= described(model) | described({"the file": adapter[2:6]})
+            said |= dict(dtype=str(dtype), allow_materialise=str(allow_materialise))
     return put_around(
         adapter,
         model,

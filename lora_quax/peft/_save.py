@@ -124,11 +124,20 @@ def save(
     the model is abstract or traced. Nothing is written then. `OSError` if the files
     cannot be written.
     """
-    check_consumer(consumer)
+    options = dict(
+        lora_dropout=lora_dropout,
+        fan_in_fan_out=fan_in_fan_out,
+        use_rslora=use_rslora,
+        ensure_weight_tying=ensure_weight_tying,
+    )
     shared = is_shared(model)
     with in_step("peft.save", shared) as said:
+        check_consumer(consumer)
         if shared:
             said |= described(model)
+            said |= described({"the base": base, "the initial model": initial})
+            said |= {name: str(x) for name, x in options.items()}
+            said |= dict(consumer=consumer, check_finite=str(check_finite))
     if use_rslora and consumer != "peft":
         raise ValueError(f"`use_rslora` is not known to {consumer}; leave it out.")
     refuse_partial(model)
@@ -139,14 +148,8 @@ def save(
     places = places_of(model, names, transposed)
     form = form_of(places)
     if form is not None:
-        said = dict(
-            initial=initial,
-            lora_dropout=lora_dropout,
-            fan_in_fan_out=fan_in_fan_out,
-            use_rslora=use_rslora,
-            ensure_weight_tying=ensure_weight_tying,
-        )
-        fields, tensors = of_form(form, places, said, consumer)
+        given = dict(options, initial=initial)
+        fields, tensors = of_form(form, places, given, consumer)
         fields |= dict(
             base_model_name_or_path=base_model_name_or_path, task_type=task_type
         )

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from ..console import show
 from .compiled import compiled, Program
-from .sizes import read_sizes
-from .split import check_divides, read_mesh
-from .step import BASES, CHECKPOINTS, Job, step_of
+from .sizes import MOST, read_sizes
+from .split import check_divides, check_tiles, read_mesh
+from .step import BASES, CHECKPOINTS, Job, QUANTISED, step_of
 from .work import bytes_of, flops, sent
 
 
@@ -60,9 +60,10 @@ def plan(args: Any) -> int:
 def job_of(args: Any) -> Job:
     """**Raises:** as `plan`."""
     for name in ("rank", "batch", "tokens"):
-        if getattr(args, name) < 1:
+        if not 1 <= getattr(args, name) <= MOST:
             raise ValueError(
-                f"--{name} is {getattr(args, name)}, and is to be above 0."
+                f"--{name} is {getattr(args, name)}, and is to be above 0, and "
+                f"{MOST:,} at most."
             )
     for name, known in dict(base=BASES, checkpoint=CHECKPOINTS).items():
         if getattr(args, name) not in known:
@@ -72,6 +73,8 @@ def job_of(args: Any) -> Job:
             )
     axes, sizes = read_mesh(args.mesh), read_sizes(args.model)
     check_divides(axes, sizes, args.batch)
+    if args.base in QUANTISED:
+        check_tiles(args.base, sizes)
     return Job(
         sizes=sizes,
         axes=axes,
@@ -125,15 +128,23 @@ def with_program(job: Job) -> Plan:
     )
 
 
+_MOST_DEVICES = 4096  # That are not there.
+
+
 def mesh_of(axes: dict[str, int]) -> Mesh:
     """Of this machine's devices, or else of CPU devices that are not there: a program
     is compiled for them, and never run."""
     n = math.prod(axes.values())
     with contextlib.suppress(RuntimeError):  # JAX has begun, with those that it has.
-        jax.config.update("jax_num_cpu_devices", n)
+        jax.config.update("jax_num_cpu_devices", min(n, _MOST_DEVICES))
     devices = jax.devices()
     if len(devices) < n:
         devices = jax.devices("cpu")
+    if len(devices) < n > _MOST_DEVICES:
+        raise ValueError(
+            f"The mesh is of {n:,} devices, and a program is compiled for "
+            f"{_MOST_DEVICES:,} at most. --no-compile says what shapes alone say."
+        )
     if len(devices) < n:
         raise ValueError(
             f"The mesh is of {n} devices, and JAX has begun with {len(devices)}. In a "

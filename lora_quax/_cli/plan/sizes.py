@@ -8,6 +8,7 @@ from ..._disk.files import AdapterError, read_json
 
 
 FAMILY = ("llama", "mistral")
+MOST = 2**31 - 1  # Of anything: indices are of 32 bits.
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class _Reader:
         head = self.count("head_dim", width // heads)
         if head % 2:
             self.refuse("head_dim", head, "even, as its numbers are rotated in pairs")
+        if heads * head > MOST:
+            self.refuse(
+                "head_dim", head, f"{MOST // heads} at most, with {heads} heads"
+            )
         tied = self.config.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
             self.refuse("tie_word_embeddings", tied, "true or false")
@@ -72,8 +77,8 @@ class _Reader:
     def count(self, name: str, default: int | None = None) -> int:
         x = self.config.get(name)
         x = default if x is None else x
-        if not isinstance(x, int) or isinstance(x, bool) or x < 1:
-            self.refuse(name, x, "a positive integer")
+        if not isinstance(x, int) or isinstance(x, bool) or not 1 <= x <= MOST:
+            self.refuse(name, x, f"a positive integer, of {MOST:,} at most")
         return x
 
     def refuse(self, name: str, found: Any, wanted: str) -> NoReturn:

@@ -8,6 +8,7 @@ from .sizes import Sizes
 
 
 AXES = ("dp", "fsdp", "tp")
+TILE = 64  # Of a quantised base: how many numbers share a scale.
 # Of a layer: those whose outputs lie along `tp`, and those whose inputs do.
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _ROWS = ("o_proj", "down_proj")
@@ -20,7 +21,7 @@ def read_mesh(text: str) -> dict[str, int]:
     """
     out: dict[str, int] = {}
     for part in text.split(","):
-        name, equals, size = part.strip().partition("=")
+        name, equals, size = (x.strip() for x in part.partition("="))
         if name not in AXES:
             raise ValueError(
                 f"--mesh has the axis {name!r} in {text!r}. The axes are "
@@ -63,6 +64,21 @@ def check_divides(axes: dict[str, int], sizes: Sizes, batch: int) -> None:
             f"{' and '.join(f'{name}={axes[name]}' for name in row_axes(axes))} take "
             "rows of it each."
         )
+
+
+def check_tiles(base: str, sizes: Sizes) -> None:
+    """**Raises:** `ValueError` if tiles leave a rest of the inputs of a layer."""
+    inputs = {
+        "hidden_size": sizes.width,
+        "num_attention_heads times head_dim": sizes.heads * sizes.head,
+        "intermediate_size": sizes.hidden,
+    }
+    for name, n in inputs.items():
+        if n % TILE:
+            raise ValueError(
+                f"--base {base} is in tiles of {TILE}, which are to divide {name}, and "
+                f"that is {n:,}."
+            )
 
 
 def row_axes(axes: dict[str, int]) -> tuple[str, ...]:

@@ -17,18 +17,18 @@ from ..._model.shard import shard
 from ..._model.training import partition
 from .llama import abstract_llama, How, Llama, loss_fn
 from .sizes import Sizes
-from .split import batch_spec, gathered, rules
+from .split import batch_spec, gathered, rules, TILE
 
 
 # What is quantised computes in bfloat16, and so does what is left of such a model.
-BASES = ("float32", "bfloat16", "nf4", "int4", "int8")
+QUANTISED = ("nf4", "int4", "int8")
+BASES = ("float32", "bfloat16", *QUANTISED)
 CHECKPOINTS = (
     "none",
     "nothing_saveable",
     "dots_saveable",
     "dots_with_no_batch_dims_saveable",
 )
-TILE = 64
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def llama_of(job: Job, mesh: Any) -> Llama:
         whole = {}
     rows = NamedSharding(mesh, PartitionSpec(*batch_spec(job.axes), None))
     how = How(job.checkpoint, rows, (*whole.items(),))
-    is_quantised = job.base in ("nf4", "int4", "int8")
+    is_quantised = job.base in QUANTISED
     dtype = jnp.bfloat16 if is_quantised else jnp.dtype(job.base)
     model = abstract_llama(job.sizes, how, dtype)
     if is_quantised:
