@@ -27,9 +27,9 @@ def loss_of(logits, tokens):
     return -picked.mean()
 
 
-def adapted(plain):
+def adapted(plain, *targets):
     init_b = jax.nn.initializers.normal(0.1)
-    targets = [eqx.nn.Linear, eqx.nn.Embedding]
+    targets = list(targets or (eqx.nn.Linear, eqx.nn.Embedding))
     return lora_quax.loraify(plain, RANK, jr.key(2), targets=targets, init_b=init_b)
 
 

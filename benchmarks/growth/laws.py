@@ -64,13 +64,16 @@ TERMS: dict[str, Callable[[Program], float]] = {
     "x": _x,
     "x/n": lambda p: _x(p) / p["devices"],
     "L x": lambda p: p["layers"] * _x(p),
+    "L z": lambda p: p["layers"] * _x(p) * RANK / p["width"],
     "kept": _kept,
     "layer": _layer,
-    "L z": lambda p: p["layers"] * _x(p) * RANK / p["width"],
 }
 
-
 # By step and split, then by figure: the terms, and how often each is there on paper.
+# Along `tp` are added up what o and down make, what o makes once more, and on the way
+# back what q, k, v, gate and up send, each by itself; of the rank also what down makes
+# once more, for the gradient of its b. The ends are x: the embedding, and the head's
+# cotangent.
 Law = Mapping[str, float]
 _ADAM = 3  # A number that trains, and its two moments.
 _KEPT = {"base/n": 1, "split/n": _ADAM, "whole": _ADAM, "head/n": 2}
