@@ -75,6 +75,9 @@ def wrong(i: int, folder: Path, model, adapted, mesh) -> dict[str, Any]:
     adapt, key = lora_quax.loraify, jr.key(1)
     base, like = folder / "base.safetensors", abstract(mesh)
     out = {
+        "another call": lambda: (
+            lora_quax.shard(plain(), mesh, RULES) if i else adapt(model, 4, key)
+        ),
         "another key": lambda: adapt(model, 4, jr.key(i)),
         "another rank": lambda: adapt(model, 4 + i, key),
         "another alpha": lambda: adapt(model, 4, key, alpha=1 + i),

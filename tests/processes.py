@@ -26,7 +26,6 @@ def join(port: str, processes: str, index: str) -> None:
         f"127.0.0.1:{port}",
         int(processes),
         int(index),
-        initialization_timeout=90,
         heartbeat_timeout_seconds=30,
     )
 
@@ -72,7 +71,7 @@ def started(
         yield running
 
 
-def finish(running: list[Process], timeout: float = 240) -> None:
+def finish(running: list[Process], timeout: float = 600) -> None:
     """Waits until all have ended well."""
     end = time.monotonic() + timeout
     try:

@@ -93,6 +93,7 @@ def _failed(function: str, one: str, process: int = 0) -> str:
 _WEIGHT = r"`layers\.0\.weight`: on process 0"
 _RANKS = rf"{_WEIGHT} LowRankArray with .*'rank': 4.*, on process \d .*'rank': 5"
 ERRORS = {
+    "another call": "disagree: process 0 has called `loraify`, and process 1 `shard`",
     "another key": _disagree("loraify", r"`key`: on process 0 key<fry>\[\]"),
     "another rank": _disagree("loraify", _RANKS),
     "another alpha": _disagree("loraify", "'alpha': 1.*'alpha': 2"),

@@ -26,6 +26,7 @@ from .paths import dotted
 
 
 _LINES = 8  # Of a message.
+_CALL = "the call"
 
 
 def is_shared(tree: PyTree) -> bool:
@@ -116,7 +117,7 @@ def in_step(doing: str, shared: bool) -> Iterator[dict[str, str]]:
     **Raises:** what was raised within; on the other processes `RuntimeError`, which
     quotes it. `ValueError`, on all, if they differ.
     """
-    said: dict[str, str] = {}
+    said = {_CALL: doing}
     if not shared:
         yield said
         return
@@ -155,6 +156,11 @@ def _refuse(doing: str, said: list[dict[str, str]]) -> None:
         )
     i = next(i for i, x in enumerate(said) if x != said[0])
     one, other = said[0], said[i]
+    if one.get(_CALL) != other.get(_CALL):
+        raise ValueError(
+            f"The processes disagree: process 0 has called `{one[_CALL]}`, and process "
+            f"{i} `{other[_CALL]}`."
+        )
     names = sorted(x for x in one.keys() | other.keys() if one.get(x) != other.get(x))
     lines = [
         f"\n  - `{name}`: on process 0 {one.get(name, 'nothing')}, on process {i} "
