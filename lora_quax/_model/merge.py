@@ -23,7 +23,7 @@ from .._arrays.base import (
     roles,
     with_base,
 )
-from .._arrays.check import wider
+from .._arrays.check import is_abstract, wider
 from .._arrays.lora import add, LoraArray
 from .._arrays.scaled import ScaledArray, times
 from .paths import dotted, join, named
@@ -180,7 +180,7 @@ def _merged_donating(x, base):
 
 
 def _run(x):
-    if any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x)):
+    if is_abstract(x):
         return eqx.filter_eval_shape(_merged, x)
     return _merged_jit(x)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from .._arrays.check import aval_of, check_count
+from .._arrays.check import aval_of, check_count, is_abstract
 from .._arrays.quantised import QuantisedArray
 from .paths import is_value, named
 from .select import select
@@ -106,16 +106,12 @@ def dequantise(model: PyTree) -> PyTree:
 
 
 def _decode(x: QuantisedArray) -> Any:
-    if _is_abstract(x):
+    if is_abstract(x):
         return eqx.filter_eval_shape(QuantisedArray.materialise, x)
     return _decode_jit(x)
 
 
 _decode_jit = eqx.filter_jit(QuantisedArray.materialise)
-
-
-def _is_abstract(x) -> bool:
-    return any(isinstance(y, jax.ShapeDtypeStruct) for y in jax.tree.leaves(x))
 
 
 def check_codec(kind: str, tile: int | None) -> None:
@@ -151,7 +147,7 @@ def quantised(where: str, x: Any, cols: int, kind: str, tile: int | None) -> Any
     if isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer):
         if not bool(jnp.isfinite(x).all()):
             raise ValueError(f"{where} has infinities or NaNs, which no kind has.")
-    run = ft.partial(eqx.filter_eval_shape, _encode) if _is_abstract(x) else _encode_jit
+    run = ft.partial(eqx.filter_eval_shape, _encode) if is_abstract(x) else _encode_jit
     return run(x, kind, first, size)
 
 
