@@ -211,6 +211,7 @@ STREAMS = {
         {},
     ),
     "examples": (lambda w, x: jax.vmap(lambda x: w @ x)(x), (3, N), {}),
+    "tokens": (lambda w, x: (x[None] @ w.T)[0], (3, N), {}),
     "layers of a stack": (
         lambda w, x: jnp.stack([w[i] @ x[i] for i in range(2)]),
         (2, 3, N),

@@ -504,6 +504,18 @@ WRONG = {
         "With `rho` more than 1 the ranks, and so the shapes, depend on the data",
     ),
     "steps": (lambda: loftq(_net()[1], steps=0), "`steps` must be a positive"),
+    "a part of a model": (
+        lambda: initialise(lora_quax.partition(_net()[1])[0], "pissa"),
+        "has None for its `base`: the model has been partitioned",
+    ),
+    "the other part of a model": (
+        lambda: loftq(lora_quax.partition(_net()[1])[1]),
+        "has None for its `delta.a`: the model has been partitioned",
+    ),
+    "a part of what was trained": (
+        lambda: rebase(lora_quax.partition(_net()[1])[0], _net()[1], _net()[0]),
+        "has None for its `base`: the model has been partitioned",
+    ),
     "another base": (
         lambda: rebase(_net()[1], initialise(_net()[1], "pissa"), _net()[0]),
         "`linear.weight` has another base in `initial`",

@@ -218,8 +218,12 @@ def test_a_bias_is_scaled_as_what_its_layer_gives(tmp_path):
 
 
 def test_weights_of_one_shape_share_the_factors_of_vera(tmp_path):
-    base = eqx.nn.MLP(6, 6, 6, 2, key=jr.key(0))
-    peft.save(tmp_path, _uneven(loraify(base, 5, jr.key(1), update=VeRA)))
-    loaded = peft.load(tmp_path, base)
-    first, *others = [layer.weight.delta.shared for layer in loaded.layers]
-    assert all(x.a is first.a and x.b is first.b for x in others)
+    """Those of a stack have a copy for each layer, also where the layers are alike."""
+    lines = [eqx.nn.Linear(6, 6, use_bias=False, key=jr.key(i)) for i in range(2)]
+    base = {"lines": lines, "blocks": _Net().blocks}
+    model = _uneven(loraify(base, 5, jr.key(1), update=VeRA))
+    peft.save(tmp_path, model, names=NAMES)
+    loaded = peft.load(tmp_path, base, names=NAMES)
+    assert_close(loaded, densify(model), rtol=1e-5, atol=1e-6)
+    first, second = (layer.weight.delta.shared for layer in loaded["lines"])
+    assert first.a is second.a and first.b is second.b

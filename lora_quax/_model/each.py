@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from .._arrays.lora import LoraArray
 from .._arrays.low_rank import LowRankArray
+from .merge import refuse_partial
 from .paths import dotted, named, words
 
 
@@ -19,8 +20,9 @@ def is_lora(x: Any) -> bool:
 def weights_of(model: PyTree) -> tuple[list[str], list, Any]:
     """The leaves of a model, a `LoraArray` being one, their paths, and the rest.
 
-    **Raises:** `ValueError` if there is none.
+    **Raises:** `ValueError` if there is none, or a part of one is missing.
     """
+    refuse_partial(model)
     found, treedef = jtu.tree_flatten_with_path(model, is_leaf=is_lora)
     if not any(is_lora(x) for _, x in found):
         raise ValueError("Nothing in the model is a `LoraArray`. Call `loraify` first.")

@@ -15,6 +15,7 @@ from .._arrays.low_rank import LowRankArray
 from .dropout import without_key
 from .each import low_rank
 from .initialise import less_update
+from .merge import refuse_partial
 from .paths import dotted, named
 from .together import whole
 
@@ -42,6 +43,8 @@ def rebase(model: PyTree, initial: PyTree, plain: PyTree) -> PyTree:
     """
 
     model, initial = without_key(model), without_key(initial)
+    refuse_partial(model)
+    refuse_partial(initial)
 
     def change(where: str, w: LoraArray, first: Any, base: Any) -> LoraArray:
         alike = isinstance(first, LoraArray) and isinstance(first.delta, LowRankArray)
