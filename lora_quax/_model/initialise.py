@@ -112,8 +112,8 @@ def initialise(
     - `gradients`: for `"lora-ga"`: the gradient of a loss with respect to the weights,
         a tree like the plain model, as `equinox.filter_grad` gives it.
     - `rho`: for `"eva"`: at most this many times its rank goes to a weight. With more
-        than 1, the ranks are shared out anew, as many in all as before, by how much of
-        the variance of its data a component explains; a weight that gets none is the
+        than 1, the ranks are shared out anew, no more in all than before, by how much
+        of the variance of its data a component explains; a weight that gets none is the
         plain one again. A stack has one rank. The scalings stay. PEFT's default is 2.
 
     **Returns:** the model with other factors, and other bases where they are taken out.

@@ -8,7 +8,7 @@ from .together import whole
 
 
 def shares(weights: list[LoraArray], moments: list[Moments], rho: float) -> list[int]:
-    """A rank for each weight, of as many in all as they have now.
+    """A rank for each weight, and no more in all than they have now.
 
     They go to the components that explain most of the variance of what their weight is
     given, at most `rho` times as many to a weight as it has now. Those of a stack have
