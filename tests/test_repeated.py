@@ -74,7 +74,7 @@ def test_a_file_that_repeats_nothing(adapter):
 
 def test_like_bytes_of_another_shape_or_type_are_no_repeat():
     names = {"a": (2, 3), "b": (3, 2), "c": (2, 3)}
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in names.items()}
+    tensors: dict[str, Any] = {x: np.zeros(y, np.float32) for x, y in names.items()}
     tensors["d"] = np.zeros((2, 3), np.int32)
     kept, repeats = without_repeats(tensors, sorted(tensors))
     assert [*kept] == ["a", "b", "d"] and repeats == {"c": "a"}
