@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import lora_quax
+from lora_quax._disk.repeated import with_repeats, without_repeats
 
 
 LAYERS, SIZE, RANK = 20, 16, 64
@@ -69,6 +70,16 @@ def test_a_file_that_repeats_nothing(adapter):
         tensors[name] = tensors[of]
     _write(path, tensors, about)
     assert eqx.tree_equal(lora_quax.load_adapter(path, plain), model)
+
+
+def test_like_bytes_of_another_shape_or_type_are_no_repeat():
+    names = {"a": (2, 3), "b": (3, 2), "c": (2, 3)}
+    tensors: dict[str, Any] = {x: np.zeros(y, np.float32) for x, y in names.items()}
+    tensors["d"] = np.zeros((2, 3), np.int32)
+    kept, repeats = without_repeats(tensors, sorted(tensors))
+    assert [*kept] == ["a", "b", "d"] and repeats == {"c": "a"}
+    again = with_repeats(kept, repeats)
+    assert again.keys() == tensors.keys() and again["c"] is again["a"]
 
 
 WRONG: dict[str, tuple[Any, str]] = {
