@@ -55,7 +55,11 @@ def test_the_adapter_is_that_of_peft(whole):
     assert bits(peft.load(whole / "adapter", stand().model)) == bits(model)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+_first, *_others = MOMENTS
+_moments = [_first, *(pytest.param(x, marks=pytest.mark.slow) for x in _others)]
+
+
+@pytest.mark.parametrize("moment", _moments)
 def test_killed_and_resumed_it_is_the_same_bit_for_bit(moment, whole, tmp_path):
     program = [sys.executable, str(ROOT / "tests" / "finetuned.py"), str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -132,6 +132,7 @@ UPDATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", UPDATES)
 def test_other_updates(name, tmp_path):
     """They are resumed, and written as PEFT has them."""

@@ -264,6 +264,7 @@ def test_gradients_are_those_of_the_dense_weights(model):
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loop", ["ours", "unmodified"])
 def test_optimisers(form, model, loop):
     names = TRAINS[form] | {"frozen"}
@@ -428,6 +429,7 @@ def _moved(w, stack, s):
 
 
 # A base of another type, without rules of its own, is dense wherever it is moved.
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "on_scaled"])
 def test_a_program_gives_the_same_structures_eager_and_compiled(kind):
     f = quax.quaxify(_moved)

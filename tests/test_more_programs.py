@@ -388,6 +388,7 @@ def test_checkpoint_saves_what_hand_written_saves():
 # Other libraries.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.DirectAdjoint()]
 )

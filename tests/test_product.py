@@ -73,6 +73,7 @@ def test_transforms(case, transform):
     assert_close(jax.jit(ours)(u, v), jax.jit(plain)(u, v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_batching_along_every_axis(case):
     u, v, numbers = _operands(case)
