@@ -43,7 +43,7 @@ _ORDER = f"ORDER_SEED={os.environ['ORDER_SEED']}"
 
 def pytest_report_header():
     return [
-        "-m 'not slow' takes about seven minutes on two cores, and all of it fifteen",
+        "-m 'not slow' takes about ten minutes on two cores, and all of it 25",
         f"programs run in the order of {_ORDER}",
         f"canary: {', '.join(CANARY) or 'none'}",
     ]

@@ -120,17 +120,19 @@ def test_every_truncation_is_refused(file):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])
-def test_flipped_bits_of_a_header(mask, file):
+@pytest.mark.parametrize("first, mask", enumerate([0x01, 0x20, 0xFF]))
+def test_flipped_bits_of_a_header(first, mask, file):
+    """Every byte, with one of the masks."""
     form, folder, path = file
     whole = path.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     end = end if path.name == WEIGHTS else len(whole)
+    places = range(first, end, 3)
     sound = 0
-    for i in range(end):
+    for i in places:
         path.write_bytes(whole[:i] + bytes([whole[i] ^ mask]) + whole[i + 1 :])
         sound += survives(form, folder)
-    assert sound < end / 2
+    assert sound < len(places) / 2
 
 
 def test_bytes_after_the_end(file):
