@@ -1,6 +1,7 @@
 """`convert`: from our files to PEFT's and back, with no model and no PyTorch."""
 
 import json
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -38,6 +39,17 @@ import lora_quax
 from lora_quax import peft
 
 
+def there_and_back(first, net, folder: Path) -> tuple[Path, Path, Path]:
+    """The files of an adapter: ours, PEFT's of it, and ours of that."""
+    ours, theirs, again = folder / "a.safetensors", folder / "p", folder / "b"
+    lora_quax.save_adapter(ours, first)
+    assert run("convert", ours, theirs) == 0
+    assert same_leaves(peft.load(theirs, net), first)
+    assert run("convert", theirs, again) == 0
+    assert same_leaves(lora_quax.load_adapter(again, net), first)
+    return ours, theirs, again
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "targets",
@@ -53,12 +65,7 @@ from lora_quax import peft
 def test_there_and_back(targets, dtype, net, tmp_path):
     net = cast(net, dtype)
     first = trained(model(net, targets))
-    ours, theirs, again = tmp_path / "a.safetensors", tmp_path / "p", tmp_path / "b"
-    lora_quax.save_adapter(ours, first)
-    assert run("convert", ours, theirs) == 0
-    assert same_leaves(peft.load(theirs, net), first)
-    assert run("convert", theirs, again) == 0
-    assert same_leaves(lora_quax.load_adapter(again, net), first)
+    ours, _, again = there_and_back(first, net, tmp_path)
     assert equal_bits(tensors_of(ours), tensors_of(again))
     assert run("diff", ours, again) == 0
 
@@ -67,12 +74,7 @@ def test_dora(net, tmp_path, capsys):
     """Its magnitudes are converted, shown and compared, and no base is needed."""
     targets = {eqx.nn.Linear: True, "embed": 3, "conv": 1}
     first = trained(adapted(net, targets=targets, use_dora=True))
-    ours, theirs, again = tmp_path / "a.safetensors", tmp_path / "p", tmp_path / "b"
-    lora_quax.save_adapter(ours, first)
-    assert run("convert", ours, theirs) == 0
-    assert same_leaves(peft.load(theirs, net), first)
-    assert run("convert", theirs, again) == 0
-    assert same_leaves(lora_quax.load_adapter(again, net), first)
+    ours, theirs, again = there_and_back(first, net, tmp_path)
     assert run("diff", ours, again) == 0 == run("diff", ours, theirs)
     capsys.readouterr()
     assert run("inspect", theirs) == 0
